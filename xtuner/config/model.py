@@ -1,0 +1,70 @@
+"""The architecture of a language model, as numbers. Weights and their file names are the business of `models`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from xtuner.config.base import ConfigBase
+
+
+class RopeConfig(ConfigBase):
+    theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
+    type: Literal["default", "linear", "llama3"] = Field("default", description="how frequencies are scaled")
+    factor: float = Field(1.0, gt=0, description="context extension factor (linear, llama3)")
+    low_freq_factor: float = Field(1.0, gt=0, description="llama3: wavelengths above context/this are fully scaled")
+    high_freq_factor: float = Field(4.0, gt=0, description="llama3: wavelengths below context/this are kept")
+    original_max_position_embeddings: int = Field(8192, gt=0, description="llama3: context of pre-training, in tokens")
+
+
+class MoEConfig(ConfigBase):
+    num_experts: int = Field(gt=0, description="experts per MoE layer")
+    num_experts_per_tok: int = Field(gt=0, description="experts each token visits (top-k)")
+    moe_intermediate_size: int = Field(gt=0, description="hidden width of one expert")
+    norm_topk_prob: bool = Field(True, description="rescale the chosen experts' weights to sum to one")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}"
+            )
+        return self
+
+
+class ModelConfig(ConfigBase):
+    """A decoder-only transformer: GQA attention, SwiGLU feed-forward or mixture of experts, RMSNorm, RoPE."""
+
+    family: Literal["qwen3", "qwen3_moe", "llama"] = Field(description="which models/<family>.py describes it")
+    vocab_size: int = Field(gt=0, description="rows of the embedding")
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
+    intermediate_size: int = Field(gt=0, description="hidden width of a dense feed-forward layer")
+    num_hidden_layers: int = Field(gt=0, description="number of blocks")
+    num_attention_heads: int = Field(gt=0, description="query heads")
+    num_key_value_heads: int = Field(gt=0, description="key/value heads (GQA when fewer than query heads)")
+    head_dim: int = Field(gt=0, description="width of one head; need not be hidden_size / heads")
+    rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of every RMSNorm")
+    rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding")
+    tie_word_embeddings: bool = Field(False, description="the output head shares the embedding's weight")
+    attention_bias: bool = Field(False, description="biases on the q, k, v and o projections")
+    max_position_embeddings: int = Field(32768, gt=0, description="longest context promised, in tokens")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
+    moe: MoEConfig | None = Field(None, description="mixture of experts; None for a dense model")
+    dense_layers: tuple[int, ...] = Field((), description="indices of layers that stay dense in an MoE model")
+    bos_token_id: int | None = Field(None, description="written to the exported config.json")
+    eos_token_id: int | list[int] | None = Field(None, description="ends generation; written to config.json")
+    pad_token_id: int | None = Field(None, description="written to the exported config.json")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embedding")
+        if (self.moe is not None) != (self.family == "qwen3_moe"):
+            raise ValueError(f"family={self.family} {'needs' if self.moe is None else 'takes no'} moe section")
+        return self
