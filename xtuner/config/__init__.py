@@ -1,0 +1,39 @@
+"""Typed configuration: one tree, validated once, saved beside the run."""
+
+from xtuner.config.base import ConfigBase
+from xtuner.config.data import DataConfig
+from xtuner.config.load import LoadedConfig, describe_fields, load_config, recipe_names, save_config
+from xtuner.config.model import ModelConfig, MoEConfig, RopeConfig
+from xtuner.config.train import (
+    CheckpointConfig,
+    LogConfig,
+    LossConfig,
+    ModelSource,
+    OptimConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigBase",
+    "DataConfig",
+    "LoadedConfig",
+    "LogConfig",
+    "LossConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "ModelSource",
+    "OptimConfig",
+    "ParallelConfig",
+    "RopeConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "describe_fields",
+    "load_config",
+    "recipe_names",
+    "save_config",
+]
