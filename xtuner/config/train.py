@@ -73,6 +73,7 @@ class ValidationConfig(ConfigBase):
 class LogConfig(ConfigBase):
     every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(True, description="write TensorBoard events too")
+    reference_losses: dict[str, float] = Field({}, description="named levels to draw into the loss curve")
     sample_prompts: tuple[str, ...] = Field((), description="texts continued by the exported model after the run")
 
 

@@ -1,0 +1,1 @@
+"""State that outlives a process: sharded checkpoints to resume from, Hugging Face directories to exchange."""

@@ -1,0 +1,1 @@
+"""Training: build mesh, model and optimizer, run the loop, leave a report."""

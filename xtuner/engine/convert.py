@@ -1,0 +1,42 @@
+"""A checkpoint of a run, finished or not, as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint
+from xtuner.checkpoint.hf import save_hf
+from xtuner.config import TrainConfig, load_config
+from xtuner.engine.trainer import resolve_model
+from xtuner.errors import CheckpointError
+from xtuner.models import build_model, config_to_hf, hf_map
+from xtuner.parallel import init_world, shard_model
+
+
+def convert(checkpoint: Path, out: Path, dtype: str) -> None:
+    """Write `checkpoint` (or the newest one of a run directory) to `out` as safetensors in `dtype`.
+
+    Raises:
+        CheckpointError: `checkpoint` is neither a run directory with a checkpoint nor a checkpoint of a run.
+    """
+    if list_checkpoints(checkpoint / "checkpoints"):
+        checkpoint = list_checkpoints(checkpoint / "checkpoints")[-1]
+    config_file = checkpoint.parent.parent / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{checkpoint}: neither a run directory with a checkpoint nor a checkpoint of a run")
+    cfg = load_config(str(config_file), (), TrainConfig).config
+    arch, source = resolve_model(cfg)
+    world = init_world("cpu", None)
+    try:
+        model = shard_model(build_model(arch, device="meta"), world.mesh, cfg.parallel)
+        model.to_empty(device=world.device)
+        load_checkpoint(checkpoint, model, None, arch.model_dump(mode="json"))
+        tokenizer = cfg.data.tokenizer or source
+        save_hf(
+            model, hf_map(arch), out, config=config_to_hf(arch), dtype=getattr(torch, dtype), tokenizer_dir=tokenizer
+        )
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,272 @@
+"""The training loop. Read `train` top to bottom: build, resume, step until done, leave a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, save_checkpoint
+from xtuner.checkpoint.hf import load_hf, save_hf
+from xtuner.config import ModelConfig, TrainConfig, save_config
+from xtuner.data import Loader, PackedDataset, build_dataset
+from xtuner.engine.metrics import MetricsWriter, device_peak_flops, peak_memory_gib, read_metrics
+from xtuner.engine.plot import plot_loss
+from xtuner.engine.screen import Screen, format_seconds
+from xtuner.engine.stop import StopRequest
+from xtuner.engine.train_step import StepResult, train_step
+from xtuner.engine.validate import validation_loss
+from xtuner.errors import ConfigError
+from xtuner.models import SIZES, build_model, config_from_hf, config_to_hf, flops_per_token, hf_map
+from xtuner.optim import build_adamw, learning_rate
+from xtuner.parallel import World, init_world, shard_model
+
+Prepare = Callable[[TrainConfig], TrainConfig]
+
+
+@dataclass
+class Run:
+    """The state of a run: what a checkpoint holds, and what is needed to go on."""
+
+    cfg: TrainConfig
+    world: World
+    arch: ModelConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    validation: PackedDataset | None
+    step: int = 0
+    num_tokens: int = 0
+    num_skipped: int = 0
+    train_seconds: float = 0.0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.cfg.run_dir / "checkpoints"
+
+    def save(self) -> Path:
+        counters = {"num_tokens": self.num_tokens, "num_skipped": self.num_skipped, "train_seconds": self.train_seconds}
+        state = {"step": self.step, "counters": counters, "data": self.loader.state_dict(), "arch": _facts(self.arch)}
+        keep = self.cfg.checkpoint.keep_last
+        return save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state, keep)
+
+    def restore(self, path: Path) -> None:
+        state = load_checkpoint(path, self.model, self.optimizer, _facts(self.arch))
+        self.step = state["step"]
+        self.loader.load_state_dict(state["data"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+
+
+def train(cfg: TrainConfig, resume: bool = False, prepare: Prepare | None = None) -> dict[str, Any]:
+    """Train to `cfg.steps`, or until SIGTERM/SIGINT asks to stop. Collective over the ranks of the launcher.
+
+    Args:
+        resume: continue from the newest checkpoint in `cfg.run_dir`, if there is one.
+        prepare: called with the config before anything is read; returns the config to use (data made on the spot).
+
+    Returns:
+        The summary that is also written to `<run_dir>/summary.json`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: about the user's input, before the first step where possible.
+    """
+    world = init_world(cfg.device, cfg.num_threads)
+    try:
+        cfg = _on_local_main_first(world, lambda: prepare(cfg)) if prepare else cfg
+        _open_run_dir(cfg, resume, world)
+        run = _build(cfg, world)
+        checkpoint = list_checkpoints(run.checkpoints)[-1:] if resume else []
+        if checkpoint:
+            run.restore(checkpoint[0])
+        return _loop(run)
+    finally:
+        dist.destroy_process_group()
+
+
+def _loop(run: Run) -> dict[str, Any]:
+    cfg, world = run.cfg, run.world
+    screen = Screen(cfg.steps, run.step, enabled=world.is_main)
+    metrics = MetricsWriter(cfg.run_dir, cfg.log.tensorboard, run.step) if world.is_main else None
+    if run.step:
+        screen.note(f"resumed after step {run.step}")
+    held_out, stopped = _last_validation(cfg.run_dir), False
+    with StopRequest() as stop, screen:
+        while run.step < cfg.steps and not stopped:
+            started = time.perf_counter()
+            lr = learning_rate(run.step, cfg.steps, cfg.optim.lr, cfg.schedule)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            batches = [batch.to(world.device) for batch in run.loader.next_step()]
+            result = train_step(run.model, run.optimizer, batches, cfg.loss, cfg.optim.max_grad_norm, world)
+            seconds = time.perf_counter() - started
+            run.step += 1
+            run.num_tokens += result.num_tokens
+            run.num_skipped += result.skipped
+            run.train_seconds += seconds
+            last = run.step == cfg.steps
+            _report(run, screen, metrics, result, lr, seconds)
+            if run.validation is not None and (last or _due(run.step, cfg.validation.every)):
+                held_out = validation_loss(run.model, run.validation, world, cfg.validation.max_packs)
+                screen.note(f"step {run.step}: held-out loss {held_out:.4f} nats/token")
+                if metrics:
+                    metrics.write("validation", run.step, {"loss": held_out})
+            stopped = world.any(stop.requested) and not last
+            if stopped or (last and cfg.checkpoint.final) or _due(run.step, cfg.checkpoint.every):
+                run.save()
+    if metrics:
+        metrics.close()
+    if stopped:
+        screen.note(f"stopped after step {run.step}; the run continues with --resume auto")
+        return {"step": run.step, "stopped": True}
+    return _finish(run, screen, held_out)
+
+
+def _build(cfg: TrainConfig, world: World) -> Run:
+    arch, source = resolve_model(cfg)
+    tokenizer = cfg.data.tokenizer or source
+    if tokenizer is None:
+        raise ConfigError("data.tokenizer: required, since model.path does not give one")
+    dataset = _on_local_main_first(world, lambda: build_dataset(cfg.data.train, cfg.data, tokenizer))
+    validation = None
+    if cfg.data.validation:
+        validation = _on_local_main_first(world, lambda: build_dataset(cfg.data.validation, cfg.data, tokenizer))
+    loader = Loader(
+        dataset,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=cfg.seed,
+        shuffle=cfg.data.shuffle,
+    )
+    # Built without memory, sharded, and only then filled: no rank ever holds the whole model.
+    model = shard_model(build_model(arch, device="meta"), world.mesh, cfg.parallel)
+    model.to_empty(device=world.device)
+    model.init_weights(cfg.seed)
+    if source is not None:
+        load_hf(model, hf_map(arch), source)
+    return Run(cfg, world, arch, model, build_adamw(model, cfg.optim), loader, validation)
+
+
+def resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
+    """The architecture, and the directory its weights come from (None: fresh ones)."""
+    if cfg.model.path is not None:
+        return config_from_hf(cfg.model.path), cfg.model.path
+    if cfg.model.arch is not None:
+        return cfg.model.arch, None
+    if cfg.model.name not in SIZES:
+        raise ConfigError(f"model.name={cfg.model.name} is no built-in size; there are {', '.join(sorted(SIZES))}")
+    return SIZES[cfg.model.name], None
+
+
+def _open_run_dir(cfg: TrainConfig, resume: bool, world: World) -> None:
+    """Refuse to mix two runs in one directory, then leave the resolved config there."""
+    if not resume and (cfg.run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"run_dir={cfg.run_dir} already holds a run; continue it with --resume auto, or choose another run_dir"
+        )
+    world.barrier()  # all ranks have looked before rank 0 writes
+    if world.is_main:
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(cfg, cfg.run_dir / "config.json")
+
+
+def _report(
+    run: Run, screen: Screen, metrics: MetricsWriter | None, result: StepResult, lr: float, seconds: float
+) -> None:
+    tokens_per_second = result.num_tokens / seconds
+    memory = peak_memory_gib(run.world.device)
+    screen.step(run.step, result.loss, tokens_per_second, memory)
+    if result.skipped:
+        screen.note(f"step {run.step}: gradient norm is {result.grad_norm}, step skipped ({run.num_skipped} so far)")
+    if metrics and (_due(run.step, run.cfg.log.every) or run.step == run.cfg.steps):
+        peak = device_peak_flops(run.world.device)
+        flops = flops_per_token(run.arch, run.cfg.data.pack_max_length) * tokens_per_second / run.world.size
+        extra = {
+            "lr": lr,
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops / peak if peak else None,
+            "memory_gib": memory,
+        }
+        metrics.write("train", run.step, asdict(result) | extra)
+
+
+def _finish(run: Run, screen: Screen, held_out: float | None) -> dict[str, Any]:
+    """Export, plot, summarise."""
+    cfg, world = run.cfg, run.world
+    if cfg.checkpoint.export_hf:
+        save_hf(
+            run.model,
+            hf_map(run.arch),
+            cfg.run_dir / "hf",
+            config=config_to_hf(run.arch),
+            dtype=getattr(torch, cfg.checkpoint.export_dtype),
+            tokenizer_dir=cfg.data.tokenizer or cfg.model.path,
+        )
+    summary = {
+        "step": run.step,
+        "num_tokens": run.num_tokens,
+        "train_seconds": round(run.train_seconds, 2),
+        "tokens_per_second": round(run.num_tokens / max(run.train_seconds, 1e-9), 1),
+        "validation_loss": held_out,
+        "reference_losses": cfg.log.reference_losses,
+        "num_skipped": run.num_skipped,
+        "peak_memory_gib": round(peak_memory_gib(world.device), 2),
+        "ranks": world.size,
+        "stopped": False,
+    }
+    if world.is_main:
+        plot_loss(cfg.run_dir / "metrics.jsonl", cfg.run_dir / "loss.png", cfg.log.reference_losses)
+        (cfg.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        screen.summary("Training finished", _summary_rows(summary, cfg))
+    world.barrier()
+    return summary
+
+
+def _summary_rows(summary: dict[str, Any], cfg: TrainConfig) -> dict[str, str]:
+    rows = {
+        "steps": f"{summary['step']:,}",
+        "tokens": f"{summary['num_tokens']:,}",
+        "time in steps": format_seconds(summary["train_seconds"]),
+        "tokens/s": f"{summary['tokens_per_second']:,.0f} on {summary['ranks']} rank(s)",
+        "peak memory": f"{summary['peak_memory_gib']:.2f} GiB on rank 0",
+        "skipped steps": str(summary["num_skipped"]),
+    }
+    held_out = summary["validation_loss"]
+    if held_out is not None:
+        rows["held-out loss"] = f"{held_out:.4f} nats/token"
+        for name, level in summary["reference_losses"].items():
+            rows[f"  against {name}"] = f"{level:.4f} nats/token: {100 * (held_out / level - 1):+.1f} %"
+    rows["loss curve"] = str(cfg.run_dir / "loss.png")
+    if cfg.checkpoint.export_hf:
+        rows["Hugging Face"] = str(cfg.run_dir / "hf")
+    return rows
+
+
+def _on_local_main_first(world: World, action: Callable[[], Any]) -> Any:
+    """Let one process of each node do shared work (a cache, a download) before the others find it done."""
+    if world.local_rank == 0:
+        outcome = action()
+    world.barrier()
+    return outcome if world.local_rank == 0 else action()
+
+
+def _last_validation(run_dir: Path) -> float | None:
+    losses = [r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "validation"]
+    return losses[-1] if losses else None
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _facts(arch: ModelConfig) -> dict[str, Any]:
+    return arch.model_dump(mode="json")

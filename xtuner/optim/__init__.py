@@ -1,0 +1,7 @@
+"""Optimizers and learning-rate schedules."""
+
+from xtuner.optim.adamw import build_adamw
+from xtuner.optim.clip import clip_grad_norm
+from xtuner.optim.schedule import learning_rate
+
+__all__ = ["build_adamw", "clip_grad_norm", "learning_rate"]

@@ -1,0 +1,185 @@
+"""The one command: `python -m xtuner.run train | generate | data | convert | info`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from xtuner.config import DataConfig, TrainConfig, describe_fields, load_config
+from xtuner.errors import ConfigError, XTunerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code. The user's mistakes end in one line on stderr, not in a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"] and {"-h", "--help"} & set(argv) and len(argv) > 2:
+        argv = ["fields", *[a for a in argv[1:] if a not in ("-h", "--help")]]
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except XTunerError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m xtuner.run", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train. CONFIG is a .py file defining `config`, a .toml or .json file, or a recipe's name; "
+        "`train --help CONFIG` lists every field.",
+    )
+    train.add_argument("config", metavar="CONFIG")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    train.add_argument("--resume", choices=("auto", "no"), default="no", help="auto: go on from the newest checkpoint")
+    train.add_argument("--nproc", type=int, default=1, help="processes on this node")
+    train.add_argument("--nnodes", type=int, default=1, help="nodes of the run")
+    train.add_argument("--rdzv", metavar="HOST:PORT", help="where the nodes meet; required with --nnodes > 1")
+    train.set_defaults(run=_train)
+
+    fields = commands.add_parser("fields", help="list every field of a CONFIG with its type, value and meaning")
+    fields.add_argument("config", metavar="CONFIG")
+    fields.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    fields.set_defaults(run=_fields)
+
+    generate = commands.add_parser("generate", help="sample from a Hugging Face directory")
+    _lazy(generate, "xtuner.engine.generate")
+
+    data = commands.add_parser("data", help="show what the model will see of a data file")
+    data.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    data.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer directory")
+    data.add_argument("--samples", type=int, default=3, help="how many samples to print")
+    data.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the data section")
+    data.set_defaults(run=_data)
+
+    convert = commands.add_parser("convert", help="turn a run's checkpoint into a Hugging Face directory")
+    convert.add_argument("checkpoint", type=Path, help="a run directory (its newest checkpoint) or one checkpoint")
+    convert.add_argument("out", type=Path, help="the directory to write")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    convert.set_defaults(run=_convert)
+
+    info = commands.add_parser("info", help="versions, backends, instruction set, devices")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _lazy(parser: argparse.ArgumentParser, module: str) -> None:
+    """Let `module` (slow to import) define the arguments and the action, only when its command is the one typed."""
+    if parser.prog.rsplit(" ", 1)[-1] not in sys.argv[1:2]:
+        return
+    import importlib
+
+    implementation = importlib.import_module(module)
+    implementation.add_arguments(parser)
+    parser.set_defaults(run=implementation.main)
+
+
+def _train(args: argparse.Namespace) -> int:
+    loaded = load_config(args.config, args.overrides, TrainConfig)
+    resume = args.resume == "auto"
+    if "RANK" in os.environ or args.nproc == args.nnodes == 1:
+        return _train_here(loaded.config, loaded.prepare, resume)
+    return _launch(args, loaded.config)
+
+
+def _train_here(config: TrainConfig, prepare, resume: bool) -> int:
+    from xtuner.engine.trainer import train
+
+    summary = train(config, resume=resume, prepare=prepare)
+    if int(os.environ.get("RANK", 0)) == 0 and not summary["stopped"]:
+        _print_samples(config)
+    return 0
+
+
+def _print_samples(config: TrainConfig) -> None:
+    if not (config.log.sample_prompts and config.checkpoint.export_hf):
+        return
+    from rich.console import Console
+
+    from xtuner.engine.generate import Generator
+
+    texts = Generator(config.run_dir / "hf").generate(list(config.log.sample_prompts), max_new_tokens=64)
+    console = Console(highlight=False)
+    for prompt, text in zip(config.log.sample_prompts, texts, strict=True):
+        console.print(f"[dim]{prompt}[/dim]{text}", markup=True)
+
+
+def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
+    """Start workers of this same command with torch's elastic launcher and wait for them."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if args.nnodes > 1 and not args.rdzv:
+        raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv HOST:PORT, the same on every node")
+    launch = LaunchConfig(
+        min_nodes=args.nnodes,
+        max_nodes=args.nnodes,
+        nproc_per_node=args.nproc,
+        run_id=str(config.run_dir),
+        rdzv_backend="c10d",
+        rdzv_endpoint=args.rdzv or "localhost:0",
+        max_restarts=0,
+        # The launcher would kill workers soon after a SIGTERM; ours go to the workers, which save and exit by themselves.
+        signals_to_handle="SIGHUP,SIGQUIT",
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _forward_to_workers)
+    command = ["-u", "-m", "xtuner.run", "train", args.config, *args.overrides, "--resume", args.resume]
+    try:
+        elastic_launch(launch, sys.executable)(*command)
+    except ChildFailedError as e:
+        code = next(iter(e.failures.values())).exitcode
+        print(f"error: a worker ended with exit code {code}; its message is above", file=sys.stderr)
+        return code if code > 0 else 1
+    return 0
+
+
+def _forward_to_workers(number: int, frame: FrameType | None) -> None:
+    import psutil
+
+    for worker in psutil.Process().children():
+        worker.send_signal(number)
+
+
+def _fields(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("field", "type", "value", "meaning")
+    for row in describe_fields(load_config(args.config, args.overrides, TrainConfig).config):
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
+
+
+def _data(args: argparse.Namespace) -> None:
+    values = {}
+    for text in args.set:
+        name, _, value = text.partition("=")
+        values[name] = value
+    from xtuner.data import preview
+
+    preview(args.files, DataConfig.parse(values), args.tokenizer, num_samples=args.samples)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from xtuner.engine.convert import convert
+
+    convert(args.checkpoint, args.out, args.dtype)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from xtuner.engine.info import print_info
+
+    print_info()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
