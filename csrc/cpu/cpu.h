@@ -1,0 +1,26 @@
+// The CPU kernels: same arguments as the ops, already checked for dtype, shape and contiguity.
+// They still check values (indices, offsets), which is cheap here and impossible without a host sync elsewhere.
+#pragma once
+#include "xtuner/ops/swiglu.h"
+#include "xtuner/tensor.h"
+
+namespace xt::cpu {
+
+void route_map(const Tensor& topk_idx, int64_t align, const Tensor& counts, const Tensor& offsets,
+               const Tensor& row_of, const Tensor& src, int num_threads);
+void permute(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& out, int num_threads);
+void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const Tensor& out, int num_threads);
+void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const Tensor& row_of, const Tensor* probs,
+                   const Tensor& dy, const Tensor* dprobs, int num_threads);
+void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b, const Tensor& out,
+                    int num_threads);
+void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const Tensor& out,
+                    int num_threads);
+void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, int num_threads);
+void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
+                const Tensor& dx, int num_threads);
+
+// Rows in use, offsets[E]. Throws Error naming `op` unless 0 = offsets[0] <= ... <= offsets[E] <= num_rows.
+int64_t used_rows(const char* op, const Tensor& offsets, int64_t num_rows);
+
+}  // namespace xt::cpu

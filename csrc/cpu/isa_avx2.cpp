@@ -1,0 +1,16 @@
+#include "cpu/kernels.h"
+#include "cpu/simd/swiglu.h"
+#include "cpu/simd/unpermute.h"
+#include "cpu/simd/vec_avx2.h"
+
+namespace xt::cpu {
+
+const Kernels kernels_avx2 = {
+    "avx2",
+    swiglu_rows<avx2::Vec>,
+    swiglu_bwd_rows<avx2::Vec>,
+    unpermute_tokens<avx2::Vec>,
+    unpermute_bwd_tokens<avx2::Vec>,
+};
+
+}  // namespace xt::cpu

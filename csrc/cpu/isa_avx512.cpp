@@ -1,0 +1,16 @@
+#include "cpu/kernels.h"
+#include "cpu/simd/swiglu.h"
+#include "cpu/simd/unpermute.h"
+#include "cpu/simd/vec_avx512.h"
+
+namespace xt::cpu {
+
+const Kernels kernels_avx512 = {
+    "avx512",
+    swiglu_rows<avx512::Vec>,
+    swiglu_bwd_rows<avx512::Vec>,
+    unpermute_tokens<avx512::Vec>,
+    unpermute_bwd_tokens<avx512::Vec>,
+};
+
+}  // namespace xt::cpu

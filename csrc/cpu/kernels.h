@@ -1,0 +1,49 @@
+// The part of each CPU kernel that is compiled once per instruction set, behind a table of functions.
+#pragma once
+#include <cstdint>
+
+#include "xtuner/tensor.h"
+
+namespace xt::cpu {
+
+struct SwigluRows {
+  DType dtype;
+  int64_t width;  // I
+  const void* x;  // [rows, 2I]
+  const void* dout;  // [rows, I]; backward only
+  void* out;  // forward [rows, I], backward dx [rows, 2I]
+  float alpha;
+  float limit;  // +inf: none
+  float up_offset;
+};
+
+struct UnpermuteRows {
+  DType dtype;
+  int64_t hidden;  // H
+  int64_t num_experts_per_tok;  // K
+  const int32_t* row_of;  // [T, K]
+  const float* probs;  // [T, K] or null
+  const void* y;  // [R, H]; backward: null unless dprobs is wanted
+  void* out;  // forward [T, H]
+  const void* dout;  // backward [T, H]
+  void* dy;  // backward [R, H]
+  float* dprobs;  // backward [T, K] or null
+};
+
+// Kernels for rows [begin, end) (tokens, for unpermute).
+struct Kernels {
+  const char* name;
+  void (*swiglu)(const SwigluRows&, int64_t begin, int64_t end);
+  void (*swiglu_bwd)(const SwigluRows&, int64_t begin, int64_t end);
+  void (*unpermute)(const UnpermuteRows&, int64_t begin, int64_t end);
+  void (*unpermute_bwd)(const UnpermuteRows&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+// The table in use: the best one this machine can run, unless force_isa() says otherwise.
+const Kernels& kernels();
+
+}  // namespace xt::cpu

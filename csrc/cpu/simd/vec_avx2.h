@@ -1,0 +1,68 @@
+// Eight floats; AVX2 with FMA.
+#pragma once
+#include <immintrin.h>
+
+#include "cpu/simd/bf16.h"
+
+namespace xt::cpu::avx2 {
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+
+  static XT_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+  static XT_INLINE Vec all(float f) { return {_mm256_set1_ps(f)}; }
+  static XT_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static XT_INLINE Vec load(const bf16_t* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+  }
+  // The first n elements, n < width; the rest is zero.
+  template <class T>
+  static XT_INLINE Vec load(const T* p, int n) {
+    T t[width] = {};
+    for (int i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
+  XT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  XT_INLINE void store(bf16_t* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet_nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i result = _mm256_blendv_epi8(rounded, quiet_nan, is_nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  template <class T>
+  XT_INLINE void store(T* p, int n) const {
+    T t[width];
+    store(t);
+    for (int i = 0; i < n; ++i) p[i] = t[i];
+  }
+};
+
+static XT_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+static XT_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+static XT_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+static XT_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+static XT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// a > b ? x : y; false where a or b is NaN.
+static XT_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
+}
+// 2^n for the integer n in the low bits of the float t = n + 1.5 * 2^23.
+static XT_INLINE Vec exp2_of_biased(Vec t) {
+  return {_mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(t.v), _mm256_set1_epi32(127)), 23))};
+}
+static XT_INLINE float sum(Vec a) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+}  // namespace xt::cpu::avx2

@@ -1,0 +1,54 @@
+// Four floats in the compiler's own vector type: SSE2 on x86-64, NEON on AArch64. No fused multiply-add is assumed.
+#pragma once
+#include "cpu/simd/bf16.h"
+
+namespace xt::cpu::portable {
+
+struct Vec {
+  static constexpr int width = 4;
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  Floats v;
+
+  static XT_INLINE Vec zero() { return {Floats{}}; }
+  static XT_INLINE Vec all(float f) { return {Floats{f, f, f, f}}; }
+  static XT_INLINE Vec load(const float* p) {
+    Vec r;
+    __builtin_memcpy(&r.v, p, 16);
+    return r;
+  }
+  static XT_INLINE Vec load(const bf16_t* p) { return {Floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}}; }
+  // The first n elements, n < width; the rest is zero.
+  template <class T>
+  static XT_INLINE Vec load(const T* p, int n) {
+    T t[width] = {};
+    for (int i = 0; i < n; ++i) t[i] = p[i];
+    return load(t);
+  }
+  XT_INLINE void store(float* p) const { __builtin_memcpy(p, &v, 16); }
+  XT_INLINE void store(bf16_t* p) const {
+    for (int i = 0; i < width; ++i) p[i] = narrow(v[i]);
+  }
+  template <class T>
+  XT_INLINE void store(T* p, int n) const {
+    T t[width];
+    store(t);
+    for (int i = 0; i < n; ++i) p[i] = t[i];
+  }
+};
+
+static XT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+static XT_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+static XT_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+static XT_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+static XT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+// a > b ? x : y; false where a or b is NaN.
+static XT_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
+  const Vec::Ints m = (Vec::Ints)(a.v > b.v);
+  return {(Vec::Floats)((m & (Vec::Ints)x.v) | (~m & (Vec::Ints)y.v))};
+}
+// 2^n for the integer n in the low bits of the float t = n + 1.5 * 2^23.
+static XT_INLINE Vec exp2_of_biased(Vec t) { return {(Vec::Floats)(((Vec::Ints)t.v + 127) << 23)}; }
+static XT_INLINE float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+
+}  // namespace xt::cpu::portable

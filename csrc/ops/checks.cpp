@@ -1,0 +1,73 @@
+#include "ops/checks.h"
+
+namespace xt {
+
+const char* name_of(DType t) {
+  switch (t) {
+    case DType::f32: return "float32";
+    case DType::bf16: return "bfloat16";
+    case DType::i32: return "int32";
+    case DType::i64: return "int64";
+    default: return "unsupported dtype";
+  }
+}
+
+static std::string name_of(Device d) {
+  switch (d.type) {
+    case DeviceType::cpu: return "cpu";
+    case DeviceType::cuda: return "cuda:" + std::to_string(d.index);
+    case DeviceType::ascend: return "npu:" + std::to_string(d.index);
+    default: return "an unsupported device";
+  }
+}
+
+std::string describe(const Tensor& t) {
+  std::string s = std::string(name_of(t.dtype)) + " [";
+  for (int i = 0; i < t.ndim; ++i) s += (i ? ", " : "") + std::to_string(t.shape[i]);
+  s += "] on " + name_of(t.device);
+  if (!t.is_contiguous()) {
+    s += ", strides (";
+    for (int i = 0; i < t.ndim; ++i) s += (i ? ", " : "") + std::to_string(t.strides[i]);
+    s += ")";
+  }
+  return s;
+}
+
+static std::string wanted(std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims) {
+  std::string s;
+  for (DType d : dtypes) s += (s.empty() ? "" : " or ") + std::string(name_of(d));
+  s += " [";
+  bool first = true;
+  for (const Dim& d : dims) {
+    s += first ? "" : ", ";
+    s += d.name;
+    if (d.size >= 0) s += "=" + std::to_string(d.size);
+    first = false;
+  }
+  return s + "]";
+}
+
+void ArgChecker::tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
+                        std::initializer_list<Dim> dims) {
+  bool ok = t.ndim == static_cast<int>(dims.size());
+  int i = 0;
+  for (const Dim& d : dims) {
+    ok = ok && (d.size < 0 || t.shape[i] == d.size);
+    ++i;
+  }
+  bool dtype_ok = false;
+  for (DType d : dtypes) dtype_ok = dtype_ok || t.dtype == d;
+  if (!ok || !dtype_ok) fail(op_, ": ", name, " must be ", wanted(dtypes, dims), ", got ", describe(t));
+  if (!t.is_contiguous()) fail(op_, ": ", name, " must be contiguous, got ", describe(t));
+  if (!t.data && t.numel() > 0) fail(op_, ": ", name, " has no memory behind it (a meta or fake tensor?): ", describe(t));
+  if (first_) {
+    device_ = t.device;
+    first_ = false;
+  } else if (!(t.device == device_)) {
+    fail(op_, ": ", name, " must be on ", name_of(device_), " like the arguments before it, got ", describe(t));
+  }
+}
+
+void ArgChecker::no_kernel() const { fail(op_, ": this build has no kernel for ", name_of(device_)); }
+
+}  // namespace xt

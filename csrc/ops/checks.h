@@ -1,0 +1,44 @@
+// Argument checks shared by all ops. Messages say: op, argument, what it must be, what it is.
+#pragma once
+#include <initializer_list>
+#include <string>
+
+#include "xtuner/tensor.h"
+
+namespace xt {
+
+struct Dim {
+  const char* name;
+  int64_t size = -1;  // -1: any
+};
+
+std::string describe(const Tensor& t);  // "float32 [3, 4] on cpu"
+const char* name_of(DType t);
+
+// One call's arguments; the first tensor checked fixes the device of the rest.
+class ArgChecker {
+ public:
+  explicit ArgChecker(const char* op) : op_(op) {}
+
+  // `t` has one of these dtypes and this shape, is contiguous and on the device of the first argument.
+  void tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims);
+
+  // A condition on values rather than on tensors.
+  template <class... Parts>
+  void require(bool ok, const Parts&... parts) const {
+    if (!ok) fail(op_, ": ", parts...);
+  }
+
+  // The device is one that has kernels in this build.
+  [[noreturn]] void no_kernel() const;
+  Device device() const { return device_; }
+
+ private:
+  const char* op_;
+  bool first_ = true;
+  Device device_;
+};
+
+constexpr std::initializer_list<DType> data_dtypes = {DType::f32, DType::bf16};
+
+}  // namespace xt

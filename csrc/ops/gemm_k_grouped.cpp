@@ -1,0 +1,23 @@
+#include "xtuner/ops/gemm_k_grouped.h"
+
+#include "cpu/cpu.h"
+#include "ops/checks.h"
+
+namespace xt {
+
+void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, double beta, const Tensor& out,
+                    Stream stream) {
+  ArgChecker check("gemm_k_grouped");
+  check.tensor("a", a, data_dtypes, {{"R"}, {"M"}});
+  check.tensor("b", b, {a.dtype}, {{"R", a.shape[0]}, {"N"}});
+  check.tensor("offsets", offsets, {DType::i64}, {{"E+1"}});
+  check.require(offsets.shape[0] >= 1, "offsets must hold E+1 values, got none");
+  check.tensor("out", out, data_dtypes, {{"E", offsets.shape[0] - 1}, {"M", a.shape[1]}, {"N", b.shape[1]}});
+  check.require(beta == 0.0 || beta == 1.0, "beta must be 0 or 1, got ", beta);
+  switch (check.device().type) {
+    case DeviceType::cpu: return cpu::gemm_k_grouped(a, b, offsets, beta == 1.0, out, stream.num_threads);
+    default: check.no_kernel();
+  }
+}
+
+}  // namespace xt

@@ -1,0 +1,72 @@
+"""Compiled kernels. Outputs are allocated by the caller; shapes: T tokens, K experts per token, E experts, R rows.
+
+Data tensors are float32 or bfloat16, contiguous and on one device; anything else raises Error naming the argument.
+num_threads bounds the CPU threads used and never changes the result.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+class Error(ValueError): ...
+
+def init_exchange(tensor_type: type, use_table: bool = True) -> None:
+    """Call once with torch.Tensor. use_table=False reads tensors through __dlpack__ capsules, as on an older torch."""
+
+def build_info() -> dict[str, Any]:
+    """version, compiler, backends {cpu, cuda, ascend: bool}, isa (in use), isas (usable here, slowest first)."""
+
+def force_isa(name: str | None) -> None:
+    """For tests: run CPU kernels with one of build_info()["isas"]; None for the best one again."""
+
+def route_map(
+    topk_idx: Tensor, align: int, counts: Tensor, offsets: Tensor, row_of: Tensor, src: Tensor, num_threads: int
+) -> None:
+    """topk_idx i32|i64[T,K] (-1 drops) -> counts i32[E], offsets i64[E+1], row_of i32[T,K], src i32[R]."""
+
+def permute(x: Tensor, src: Tensor, num_experts_per_tok: int, out: Tensor, num_threads: int) -> None:
+    """out[r] = x[src[r] // num_experts_per_tok], zero where src[r] == -1."""
+
+def unpermute(y: Tensor, row_of: Tensor, probs: Tensor | None, out: Tensor, num_threads: int) -> None:
+    """out[t] = sum_k probs[t,k] * y[row_of[t,k]] in fp32 and k order; probs f32[T,K]."""
+
+def unpermute_bwd(
+    dout: Tensor,
+    y: Tensor | None,
+    src: Tensor,
+    row_of: Tensor,
+    probs: Tensor | None,
+    dy: Tensor,
+    dprobs: Tensor | None,
+    num_threads: int,
+) -> None:
+    """Gradients of unpermute into dy[R,H] and, if wanted (needs y), dprobs f32[T,K]."""
+
+def gemm_m_grouped(a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool, out: Tensor, num_threads: int) -> None:
+    """Per expert out = a @ b (b[E,Kd,N]), or a @ b.T (b[E,N,Kd]) with trans_b; rows >= offsets[E] become zero."""
+
+def gemm_k_grouped(a: Tensor, b: Tensor, offsets: Tensor, beta: float, out: Tensor, num_threads: int) -> None:
+    """Per expert out[e] = beta * out[e] + a_e.T @ b_e; beta is 0 or 1."""
+
+def swiglu(
+    x: Tensor,
+    offsets: Tensor | None,
+    alpha: float,
+    limit: float | None,
+    up_offset: float,
+    out: Tensor,
+    num_threads: int,
+) -> None:
+    """out[R,I] = gate * sigmoid(alpha * gate) * (up + up_offset) with gate, up = x[R,2I] halves, clamped by limit."""
+
+def swiglu_bwd(
+    dout: Tensor,
+    x: Tensor,
+    offsets: Tensor | None,
+    alpha: float,
+    limit: float | None,
+    up_offset: float,
+    dx: Tensor,
+    num_threads: int,
+) -> None:
+    """Gradient of swiglu into dx[R,2I]."""

@@ -1,0 +1,1 @@
+"""Built-in configurations, runnable by name: `python -m xtuner.run train quickstart`."""
