@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "python/tensor_caster.h"
+#include "tensor_caster.h"
 #include "xtuner/build_info.h"
 #include "xtuner/ops/gemm_k_grouped.h"
 #include "xtuner/ops/gemm_m_grouped.h"
