@@ -183,8 +183,9 @@ def learned_tokens(
     """Token ranges [first, last) of the character spans.
 
     offsets: character range of each token; is_special: whether a token is a special one. A token is learned when it
-    holds any character of a span, so one that joins the prompt's last character to the answer's first is. White space after the last special token of a span (ChatML's newline after <|im_end|>)
-    belongs to the template: generation has ended by then, and it is not learned.
+    holds any character of a span, so one that joins the prompt's last character to the answer's first is.
+    White space after the last special token of a span (ChatML's newline after <|im_end|>) belongs to the template:
+    generation has ended by then, and it is not learned.
     """
     ranges, token = [], 0
     for start, end in spans:

@@ -98,7 +98,7 @@ class _Malformed(Exception):
 
 def _parse(number: int, raw: bytes) -> Sample:
     try:
-        value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        value = json.loads(raw.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as e:
         raise _Malformed(f"not UTF-8 ({e.reason} at byte {e.start})") from None
     except json.JSONDecodeError as e:

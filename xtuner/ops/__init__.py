@@ -1,0 +1,22 @@
+"""Torch operators over the compiled core: `torch.ops.xtuner.<name>`, and plain functions of the same names."""
+
+from xtuner.ops._lib import OpError
+from xtuner.ops.attention import attention
+from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
+from xtuner.ops.gemm_m_grouped import gemm_m_grouped
+from xtuner.ops.permute import permute
+from xtuner.ops.route_map import route_map
+from xtuner.ops.swiglu import swiglu
+from xtuner.ops.unpermute import unpermute
+
+__all__ = [
+    "OpError",
+    "attention",
+    "gemm_k_grouped",
+    "gemm_k_grouped_",
+    "gemm_m_grouped",
+    "permute",
+    "route_map",
+    "swiglu",
+    "unpermute",
+]
