@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_avx2.h"
@@ -11,6 +12,9 @@ const Kernels kernels_avx2 = {
     swiglu_bwd_rows<avx2::Vec>,
     unpermute_tokens<avx2::Vec>,
     unpermute_bwd_tokens<avx2::Vec>,
+    avx2::Vec::tile_rows,
+    2 * avx2::Vec::width,
+    gemm_tile<avx2::Vec>,
 };
 
 }  // namespace xt::cpu

@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_avx512.h"
@@ -11,6 +12,9 @@ const Kernels kernels_avx512 = {
     swiglu_bwd_rows<avx512::Vec>,
     unpermute_tokens<avx512::Vec>,
     unpermute_bwd_tokens<avx512::Vec>,
+    avx512::Vec::tile_rows,
+    2 * avx512::Vec::width,
+    gemm_tile<avx512::Vec>,
 };
 
 }  // namespace xt::cpu

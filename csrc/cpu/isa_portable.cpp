@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_portable.h"
@@ -11,6 +12,9 @@ const Kernels kernels_portable = {
     swiglu_bwd_rows<portable::Vec>,
     unpermute_tokens<portable::Vec>,
     unpermute_bwd_tokens<portable::Vec>,
+    portable::Vec::tile_rows,
+    2 * portable::Vec::width,
+    gemm_tile<portable::Vec>,
 };
 
 }  // namespace xt::cpu

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/gemm.h"
 #include "xtuner/tensor.h"
 
 namespace xt::cpu {
@@ -37,6 +38,8 @@ struct Kernels {
   void (*swiglu_bwd)(const SwigluRows&, int64_t begin, int64_t end);
   void (*unpermute)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*unpermute_bwd)(const UnpermuteRows&, int64_t begin, int64_t end);
+  int tile_rows, tile_cols;  // the block of outputs that the GEMM keeps in registers: q x v
+  void (*gemm_tile)(const GemmTile&, const GemmScratchSize&, float* scratch);
 };
 
 extern const Kernels kernels_portable;

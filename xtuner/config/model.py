@@ -56,6 +56,14 @@ class ModelConfig(ConfigBase):
     eos_token_id: int | list[int] | None = Field(None, description="ends generation; written to config.json")
     pad_token_id: int | None = Field(None, description="written to the exported config.json")
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each query and key head is normalised before rotary embedding."""
+        return self.family in ("qwen3", "qwen3_moe")
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.moe is not None and layer not in self.dense_layers
+
     @model_validator(mode="after")
     def _check(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -67,4 +75,9 @@ class ModelConfig(ConfigBase):
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embedding")
         if (self.moe is not None) != (self.family == "qwen3_moe"):
             raise ValueError(f"family={self.family} {'needs' if self.moe is None else 'takes no'} moe section")
+        wrong = [i for i in self.dense_layers if not 0 <= i < self.num_hidden_layers]
+        if wrong or (self.dense_layers and self.moe is None):
+            raise ValueError(
+                f"dense_layers={self.dense_layers} must name layers 0…{self.num_hidden_layers - 1} of an MoE model"
+            )
         return self

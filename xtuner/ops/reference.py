@@ -33,7 +33,7 @@ def route_map(topk_idx: Tensor, num_experts: int, capacity: int | None = None, a
 
 def permute(x: Tensor, row_of: Tensor, src: Tensor) -> Tensor:
     if not x.shape[0]:
-        return x.new_zeros(src.shape[0], x.shape[1])
+        return torch.cat([x, x.new_zeros(src.shape[0], x.shape[1])])
     rows = x[(src.clamp_min(0) // max(1, row_of.shape[1])).long()]
     return torch.where((src >= 0)[:, None], rows, torch.zeros_like(rows))
 

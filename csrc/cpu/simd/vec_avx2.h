@@ -3,11 +3,14 @@
 #include <immintrin.h>
 
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/transpose8.h"
 
 namespace xt::cpu::avx2 {
 
 struct Vec {
   static constexpr int width = 8;
+  static constexpr int tile_rows = 6;  // of the GEMM: 6 x 2 sums, 2 of V and a broadcast fit 16 registers
+  static constexpr int block = 8;      // of transpose()
   __m256 v;
 
   static XT_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
@@ -42,6 +45,11 @@ struct Vec {
     T t[width];
     store(t);
     for (int i = 0; i < n; ++i) p[i] = t[i];
+  }
+  // to[j * to_row + i] = from[i * from_row + j] for i, j < block
+  template <class T>
+  static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
+    transpose8(from, from_row, to, to_row);
   }
 };
 

@@ -3,11 +3,14 @@
 #include <immintrin.h>
 
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/transpose8.h"
 
 namespace xt::cpu::avx512 {
 
 struct Vec {
   static constexpr int width = 16;
+  static constexpr int tile_rows = 14;  // of the GEMM: 14 x 2 sums, 2 of V and a broadcast fit 32 registers
+  static constexpr int block = 8;      // of transpose()
   __m512 v;
 
   static XT_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -37,6 +40,11 @@ struct Vec {
   XT_INLINE void store(bf16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16()); }
   XT_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   XT_INLINE void store(bf16_t* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow16()); }
+  // to[j * to_row + i] = from[i * from_row + j] for i, j < block
+  template <class T>
+  static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
+    transpose8(from, from_row, to, to_row);
+  }
 };
 
 static XT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }

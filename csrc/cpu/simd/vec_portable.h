@@ -6,6 +6,8 @@ namespace xt::cpu::portable {
 
 struct Vec {
   static constexpr int width = 4;
+  static constexpr int tile_rows = 6;    // of the GEMM: 6 x 2 sums, 2 of V and a broadcast fit 16 registers
+  static constexpr int block = 4;        // of transpose()
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
   Floats v;
@@ -34,6 +36,13 @@ struct Vec {
     T t[width];
     store(t);
     for (int i = 0; i < n; ++i) p[i] = t[i];
+  }
+  // to[j * to_row + i] = from[i * from_row + j] for i, j < block
+  template <class T>
+  static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
+    const Floats a = load(from).v, b = load(from + from_row).v, c = load(from + 2 * from_row).v,
+                 d = load(from + 3 * from_row).v;
+    for (int j = 0; j < block; ++j) Vec{Floats{a[j], b[j], c[j], d[j]}}.store(to + j * to_row);
   }
 };
 

@@ -1,0 +1,115 @@
+"""The decoder-only transformer all current families share: embedding, blocks, norm, head, on packed [T, D]."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from xtuner.config import ModelConfig
+from xtuner.models.init import init_weights
+from xtuner.nn.attention import Attention
+from xtuner.nn.kv_cache import KVCache
+from xtuner.nn.loss import cross_entropy_sum
+from xtuner.nn.mlp import MLP
+from xtuner.nn.moe import MoE
+from xtuner.nn.norm import RMSNorm
+from xtuner.nn.rope import rotary_tables
+from xtuner.nn.router import RouterStats
+
+
+class ModelOutput(NamedTuple):
+    """A NamedTuple, so that FSDP2 finds the tensors in it.
+
+    logits    [T, V] in compute dtype, or None when the loss was asked for
+    loss_sum  float32 sum of loss_weights * cross-entropy, or None
+    stats     one RouterStats per MoE layer
+    """
+
+    logits: Tensor | None
+    loss_sum: Tensor | None
+    stats: list[RouterStats]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.attn = Attention(cfg, layer)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.is_moe = cfg.moe is not None and layer not in cfg.dense_layers
+        if self.is_moe:
+            self.moe = MoE(cfg.hidden_size, cfg.moe)
+        else:
+            self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: KVCache | None,
+        topk_idx: Tensor | None,
+    ) -> tuple[Tensor, RouterStats | None]:
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rotary, cu_seqlens, max_seqlen, cache)
+        if not self.is_moe:
+            return x_TD + self.mlp(self.mlp_norm(x_TD)), None
+        y_TD, stats = self.moe(self.mlp_norm(x_TD), topk_idx)
+        return x_TD + y_TD, stats
+
+
+class Decoder(nn.Module):
+    """See ModelConfig for the architecture and Batch for the packed layout of a call's arguments."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.num_hidden_layers)])
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+
+    def init_weights(self, seed: int) -> None:
+        init_weights(self, seed, self.cfg.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        cache: KVCache | None = None,
+        routing: Tensor | None = None,
+    ) -> ModelOutput:
+        """Logits, or with `labels` and `loss_weights` the weighted sum of cross-entropies instead.
+
+        Args:
+            cache: keys and values of earlier tokens; the new ones are appended.
+            routing: int32 [T, L, K] expert choices to replay in the L MoE layers.
+        """
+        x_TD = self.embed(input_ids)
+        rotary = rotary_tables(positions[0], self.cfg.head_dim, self.cfg.rope, x_TD.dtype)
+        stats: list[RouterStats] = []
+        for layer in self.layers:
+            topk_idx = routing[:, len(stats)] if routing is not None and layer.is_moe else None
+            x_TD, layer_stats = layer(x_TD, rotary, cu_seqlens, max_seqlen, cache, topk_idx)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        if cache is not None:
+            cache.advance(cu_seqlens)
+        if labels is None:
+            return ModelOutput(self._logits(self.norm(x_TD)), None, stats)
+        # Only rows that are learned go through the head; in fine-tuning most are not.
+        rows = loss_weights.nonzero()[:, 0]
+        logits = self._logits(self.norm(x_TD[rows]))
+        return ModelOutput(None, cross_entropy_sum(logits, labels[rows], loss_weights[rows]), stats)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return nn.functional.linear(x_TD, weight)

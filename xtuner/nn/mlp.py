@@ -1,0 +1,21 @@
+"""The dense feed-forward layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xtuner import ops
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020). w13 [2I, D] holds gate rows, then up rows; w2 is [D, I]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(ops.swiglu(F.linear(x_TD, self.w13)), self.w2)

@@ -1,0 +1,64 @@
+"""Mixture of experts: router -> dispatch -> experts -> combine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from xtuner import ops
+from xtuner.config import MoEConfig
+from xtuner.nn.router import Router, RouterStats
+
+
+class Dispatched(NamedTuple):
+    """Tokens on the rank of their experts, grouped by local expert: x [R, D], offsets int64 [E+1], and the way back."""
+
+    x: Tensor
+    offsets: Tensor
+    row_of: Tensor
+    src: Tensor
+
+
+class TokenDispatcher(Protocol):
+    """Brings tokens to their experts and results back. Expert parallelism is another implementation of this."""
+
+    def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> Dispatched: ...
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> Dispatched:
+        _, offsets, row_of, src = ops.route_map(topk_idx_TK, num_experts)
+        return Dispatched(ops.permute(x_TD, row_of, src), offsets, row_of, src)
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+        return ops.unpermute(y_RD, dispatched.row_of, dispatched.src, weights_TK)
+
+
+class MoE(nn.Module):
+    """A dropless top-k mixture of SwiGLU experts.
+
+    Parameters are 2-D so that FSDP2 shards them evenly at any world size: w13 [E*2*I, D] (per expert gate rows, then
+    up rows) and w2 [E*D, I].
+    """
+
+    def __init__(self, hidden_size: int, cfg: MoEConfig):
+        super().__init__()
+        self.num_experts = cfg.num_experts
+        self.gate = Router(hidden_size, cfg.num_experts, cfg.num_experts_per_tok, cfg.norm_topk_prob)
+        self.w13 = nn.Parameter(torch.empty(cfg.num_experts * 2 * cfg.moe_intermediate_size, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(cfg.num_experts * hidden_size, cfg.moe_intermediate_size))
+        self.dispatcher: TokenDispatcher = LocalDispatcher()
+
+    def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
+        tokens = self.dispatcher.dispatch(x_TD, idx_TK, self.num_experts)
+        h = ops.gemm_m_grouped(tokens.x, self.w13.unflatten(0, (self.num_experts, -1)), tokens.offsets)
+        h = ops.swiglu(h, tokens.offsets)
+        y = ops.gemm_m_grouped(h, self.w2.unflatten(0, (self.num_experts, -1)), tokens.offsets)
+        return self.dispatcher.combine(y, tokens, weights_TK), stats

@@ -1,0 +1,53 @@
+"""Which experts each token visits, and with what weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RouterStats(NamedTuple):
+    """Sums over one layer's tokens, from which balance losses and metrics are made. E experts.
+
+    counts      float32[E]  choices that went to each expert
+    prob_sum    float32[E]  softmax probabilities, with gradient
+    z_sum       float32[]   squared logsumexp of the logits, with gradient
+    entropy_sum float32[]   entropy of the softmax, in nats
+    """
+
+    counts: Tensor
+    prob_sum: Tensor
+    z_sum: Tensor
+    entropy_sum: Tensor
+
+
+class Router(nn.Module):
+    """Top-k over a softmax, computed in float32."""
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, norm_topk_prob: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.top_k, self.normalise = num_experts_per_tok, norm_topk_prob
+
+    def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, Tensor, RouterStats]:
+        """Weights float32 [T, K], expert indices int64 [T, K] and statistics.
+
+        Given `topk_idx` the choice is replayed; the weights still come from the live logits, with gradient.
+        """
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logsumexp_T = logits_TE.logsumexp(-1)
+        probs_TE = (logits_TE - logsumexp_T[:, None]).exp()
+        if topk_idx is None:
+            topk_idx = torch.topk(probs_TE.detach(), self.top_k, dim=-1).indices
+        topk_idx = topk_idx.long()
+        weights_TK = probs_TE.gather(1, topk_idx)
+        if self.normalise:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        with torch.no_grad():
+            counts_E = probs_TE.new_zeros(probs_TE.shape[1])
+            counts_E = counts_E.scatter_add(0, topk_idx.flatten(), torch.ones_like(weights_TK).flatten())
+            entropy = (logsumexp_T - (probs_TE * logits_TE).sum(-1)).sum()
+        return weights_TK, topk_idx, RouterStats(counts_E, probs_TE.sum(0), logsumexp_T.square().sum(), entropy)
