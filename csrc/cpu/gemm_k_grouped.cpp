@@ -1,26 +1,37 @@
+#include <cstring>
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "cpu/rows.h"
-#include "cpu/simd/bf16.h"
+#include "cpu/gemm.h"
+#include "cpu/thread_pool.h"
 
 namespace xt::cpu {
-static float get(const Tensor& t, int64_t i) { return t.dtype == DType::f32 ? t.ptr<float>()[i] : widen(t.ptr<bf16_t>()[i]); }
-static void put(const Tensor& t, int64_t i, float v) { if (t.dtype == DType::f32) t.ptr<float>()[i] = v; else t.ptr<bf16_t>()[i] = narrow(v); }
 
-void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const Tensor& out, int num_threads) {
+void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const Tensor& out,
+                    int num_threads) {
   used_rows("gemm_k_grouped", offsets, a.shape[0]);
-  const int64_t m = a.shape[1], n = b.shape[1], num_experts = out.shape[0];
+  const int64_t num_m = a.shape[1], num_n = b.shape[1], num_experts = out.shape[0];
+  if (num_m == 0 || num_n == 0) return;
+  const int64_t expert_bytes = num_m * num_n * size_of(out.dtype), in_size = size_of(a.dtype);
+
+  std::vector<GemmProblem> problems;
+  std::vector<int64_t> empty;
   const int64_t* at = offsets.ptr<int64_t>();
-  parallel_for(num_threads, num_experts * m, [&](int64_t em) {
-    const int64_t e = em / m, i = em % m;
-    if (accumulate && at[e] == at[e + 1]) return;
-    std::vector<float> acc(n);
-    for (int64_t r = at[e]; r < at[e + 1]; ++r) {
-      const float v = get(a, r * m + i);
-      for (int64_t j = 0; j < n; ++j) acc[j] += v * get(b, r * n + j);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    if (at[e] == at[e + 1]) {
+      empty.push_back(e);
+      continue;
     }
-    for (int64_t j = 0; j < n; ++j) put(out, em * n + j, (accumulate ? get(out, em * n + j) : 0.0f) + acc[j]);
+    const GemmSide q = {a.ptr<char>() + at[e] * num_m * in_size, a.dtype, 1, num_m};
+    const GemmSide v = {b.ptr<char>() + at[e] * num_n * in_size, b.dtype, 1, num_n};
+    const GemmOut w = {out.ptr<char>() + e * expert_bytes, out.dtype, num_n, 1, accumulate};
+    problems.push_back({q, v, w, num_m, num_n, at[e + 1] - at[e]});
+  }
+  run_gemms(problems, num_threads);
+  if (accumulate) return;
+  parallel_for(num_threads, static_cast<int64_t>(empty.size()), [&](int64_t i) {
+    std::memset(out.ptr<char>() + empty[i] * expert_bytes, 0, static_cast<size_t>(expert_bytes));
   });
 }
+
 }  // namespace xt::cpu

@@ -1,31 +1,41 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/gemm.h"
 #include "cpu/rows.h"
-#include "cpu/simd/bf16.h"
 
 namespace xt::cpu {
-static float get(const Tensor& t, int64_t i) { return t.dtype == DType::f32 ? t.ptr<float>()[i] : widen(t.ptr<bf16_t>()[i]); }
-static void put(const Tensor& t, int64_t i, float v) { if (t.dtype == DType::f32) t.ptr<float>()[i] = v; else t.ptr<bf16_t>()[i] = narrow(v); }
+namespace {
 
-void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b, const Tensor& out, int num_threads) {
+char* address(const Tensor& t, int64_t element) { return t.ptr<char>() + element * size_of(t.dtype); }
+
+}  // namespace
+
+void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b, const Tensor& out,
+                    int num_threads) {
   const int64_t used = used_rows("gemm_m_grouped", offsets, a.shape[0]);
-  const int64_t kd = a.shape[1], n = out.shape[1], num_experts = b.shape[0];
+  const int64_t num_k = a.shape[1], num_n = out.shape[1], num_experts = b.shape[0];
+  if (num_k == 0 || num_n == 0) return zero_rows(out, 0, a.shape[0], num_threads);
+
+  std::vector<GemmProblem> problems;
   const int64_t* at = offsets.ptr<int64_t>();
-  std::vector<float> w(b.numel()), x(a.numel());
-  for (int64_t e = 0; e < num_experts; ++e)
-    for (int64_t k = 0; k < kd; ++k)
-      for (int64_t j = 0; j < n; ++j) w[(e * kd + k) * n + j] = get(b, trans_b ? (e * n + j) * kd + k : (e * kd + k) * n + j);
-  parallel_for(num_threads, used, [&](int64_t r) {
-    int64_t e = 0;
-    while (at[e + 1] <= r) ++e;
-    std::vector<float> acc(n);
-    for (int64_t k = 0; k < kd; ++k) {
-      const float v = get(a, r * kd + k);
-      for (int64_t j = 0; j < n; ++j) acc[j] += v * w[(e * kd + k) * n + j];
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int64_t rows = at[e + 1] - at[e];
+    if (rows == 0) continue;
+    const GemmSide x = {address(a, at[e] * num_k), a.dtype, num_k, 1};
+    const GemmSide w = {address(b, e * num_n * num_k), b.dtype, trans_b ? num_k : 1, trans_b ? 1 : num_n};
+    const GemmOut y = {address(out, at[e] * num_n), out.dtype, num_n, 1, false};
+    // With trans_b the side that plays V must be transposed while packing. For an expert with few rows these rows are
+    // the cheaper ones to turn (and its results, which then come out transposed) than its whole weight matrix.
+    if (trans_b && rows * (num_k + num_n) < num_k * num_n) {
+      const GemmOut y_turned = {y.data, y.dtype, 1, num_n, false};
+      problems.push_back({w, x, y_turned, num_n, rows, num_k});
+    } else {
+      problems.push_back({x, w, y, rows, num_n, num_k});
     }
-    for (int64_t j = 0; j < n; ++j) put(out, r * n + j, acc[j]);
-  });
+  }
+  run_gemms(problems, num_threads);
   zero_rows(out, used, a.shape[0], num_threads);
 }
+
 }  // namespace xt::cpu
