@@ -96,10 +96,10 @@ def test_balance_loss_per_layer_is_one_when_balanced():
 
 
 def test_bf16_stays_close_to_transformers():
-    theirs = make_hf("qwen3_moe", "6 experts top-2")
+    theirs = make_hf("qwen3", "gqa2")  # dense: rounding cannot flip a routing decision
     ours = make_ours(theirs).bfloat16()
     ids, *packing = packed(40)
     expected = theirs(ids[None]).logits[0]
     bf16 = theirs.bfloat16()(ids[None]).logits[0].float()
     error, peer = (F.mse_loss(x, expected).sqrt() for x in (ours(ids, *packing).logits.float(), bf16))
-    assert error <= 1.5 * peer, (error, peer)
+    assert error <= 1.2 * peer, (error, peer)
