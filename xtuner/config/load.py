@@ -73,9 +73,9 @@ def _import_file(path: Path):
 
 def recipe_names() -> list[str]:
     """Names of the built-in recipes: the modules of xtuner.recipes."""
-    import xtuner.recipes
-
-    return sorted(m.name for m in pkgutil.iter_modules(xtuner.recipes.__path__) if not m.name.endswith("_data"))
+    # Found by name, like any CONFIG file: config does not depend on recipes, which import it.
+    folders = importlib.util.find_spec("xtuner.recipes").submodule_search_locations
+    return sorted(m.name for m in pkgutil.iter_modules(folders) if not m.name.endswith("_data"))
 
 
 def _import_recipe(name: str):
