@@ -1,235 +1,323 @@
-"""Exchange with Hugging Face: safetensors in and out, streamed, so that no two copies of a model are ever in memory.
+"""Exchange with Hugging Face: a module's parameters to and from a directory of safetensors, one tensor at a time.
 
-The name map (our parameter -> the checkpoint tensors stacked in it) comes in as data; see models/hf_map.py.
+How our names relate to theirs is handed in as data: for each of our parameters, in order, which of its rows are which
+Hugging Face tensor. Parameters may be plain tensors or DTensors sharded on dim 0 (FSDP2); a rank reads the rows it
+owns and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from xtuner.checkpoint.safetensors_io import (
+    DTYPE_NAMES,
+    PlannedTensor,
+    StoredTensor,
+    StreamWriter,
+    open_file,
+    plan_files,
+    read_headers,
+    write_index,
+)
 from xtuner.errors import CheckpointError
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "added_tokens*")
-_TIED_HEAD = "lm_head.weight"
 
-Parts = dict[str, list]  # our name -> [(hf_name, row_start, num_rows), …]
+class Part(Protocol):
+    """Rows [row_start, row_start + num_rows) of one of our parameters are the whole tensor `hf_name`."""
+
+    hf_name: str
+    row_start: int
+    num_rows: int
 
 
-@torch.no_grad()
-def load_hf(model: nn.Module, name_map: Parts, path: Path | str) -> None:
-    """Fill the parameters of `model` (plain, or sharded along dim 0) from a Hugging Face directory.
+NameMap = Mapping[str, Sequence[Part]]
 
-    A rank reads only the rows of its own shard, tensor by tensor, and casts them to the parameter's dtype.
+# A model with tied embeddings has no head of its own, but some directories hold the shared weight under both names.
+TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Written by old versions of transformers; recomputed from the config.
+DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+GENERATION_FILE = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LISTED = 5  # names in an error message
+
+
+def load_hf(module: nn.Module, name_map: NameMap, path: Path | str, *, strict: bool = True) -> None:
+    """Fill the parameters of `module`, in place, from the Hugging Face directory `path`.
+
+    Each rank reads its own rows only. Everything is checked before the first parameter changes, except that the disk
+    can still fail. Values are cast to the parameter's dtype. Not collective.
+
+    Args:
+        name_map: our parameter names to their parts.
+        strict: refuse a directory that holds tensors `name_map` does not mention.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or tensors are missing, left over or of another shape.
+        CheckpointError: directory or file missing or damaged; a tensor missing, unknown, or of a wrong shape or dtype;
+            a head that differs from the embedding although the model ties them.
     """
-    with ExitStack() as stack:
-        files = _open_all(Path(path), stack)
-        _check_names(path, name_map, files)
-        for name, param in model.named_parameters():
-            local, first_row = _local_rows(param)
-            for hf_name, row_start, num_rows in name_map[name]:
-                _check_shape(hf_name, files[hf_name], (num_rows, *param.shape[1:]))
-                lower = max(row_start, first_row)
-                upper = min(row_start + num_rows, first_row + local.shape[0])
-                if lower < upper:
-                    rows = files[hf_name].slice[lower - row_start : upper - row_start]
-                    local[lower - first_row : upper - first_row] = rows
+    path = Path(path)
+    params = _parameters(module, name_map)
+    stored = read_headers(path)
+    _check_names(name_map, stored, path, strict)
+    for name, param in params.items():
+        for part in name_map[name]:
+            _check_tensor(part, param, stored[part.hf_name])
+    _check_tied_head(name_map, stored, path)
+    # File by file, so that no more than one is mapped into memory at a time.
+    jobs: dict[Path, list[tuple[Tensor, Part]]] = defaultdict(list)
+    for name, param in params.items():
+        for part in name_map[name]:
+            jobs[stored[part.hf_name].file].append((param, part))
+    for file in sorted(jobs):
+        with open_file(file) as handle, torch.no_grad():
+            for param, part in jobs[file]:
+                _read_part(handle, param, part)
 
 
 def save_hf(
-    model: nn.Module,
-    name_map: Parts,
+    module: nn.Module,
+    name_map: NameMap,
     path: Path | str,
     *,
-    config: dict[str, Any],
-    dtype: torch.dtype,
-    tokenizer_dir: Path | None = None,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    tokenizer_dir: Path | str | None = None,
     max_shard_bytes: int = 2 << 30,
 ) -> None:
-    """Write `model` as a directory that transformers loads. Collective: parameters are gathered one at a time.
+    """Write `module` as the Hugging Face directory `path`: weights, config.json, generation_config.json, tokenizer.
 
-    Rank 0 holds at most one file's tensors (`max_shard_bytes`, or one parameter if that is larger). The directory
-    appears under its name only when complete; an older one of that name stays until then.
+    Collective: all ranks gather one parameter at a time, rank 0 writes it. The directory appears under its name by a
+    rename once it is complete; an earlier export of that name is replaced then and not before.
+
+    Args:
+        config: the contents of config.json; `dtype` is added.
+        dtype: of the stored weights; None keeps each parameter's own.
+        tokenizer_dir: directory whose tokenizer files (and generation_config.json, if any) are copied.
+        max_shard_bytes: upper bound of one file, except that a tensor is never cut.
 
     Raises:
-        CheckpointError: on every rank, when rank 0 could not write.
+        CheckpointError: on every rank, when rank 0 cannot write (disk full, …), the tokenizer is not there, or `path`
+            holds something that is no export. What was at `path` is untouched then.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    if not is_main:
-        for _ in _gathered(model, name_map, dtype):
-            pass
-        _share_outcome(None, path)
-        return
-    problem = None
-    tensors = _gathered(model, name_map, dtype)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_shards(tensors, partial, max_shard_bytes)
-        _write_side_files(partial, config | {"dtype": str(dtype).removeprefix("torch.")}, tokenizer_dir)
-        _replace(partial, path)
-    except (OSError, SafetensorError) as e:
-        problem = f"{path}: not exported, {e}"
-        shutil.rmtree(partial, ignore_errors=True)
-        for _ in tensors:  # the other ranks are still taking part in the gathers
-            pass
-    _share_outcome(problem, path)
+    params = _parameters(module, name_map)
+    export = _Export(Path(path)) if _is_main() else None
+    plan = plan_files(list(_planned(params, name_map, dtype)), max_shard_bytes)
+    if export:
+        stored_dtype = dtype or next(iter(params.values())).dtype
+        export.attempt(export.begin, plan, config, stored_dtype, Path(tokenizer_dir) if tokenizer_dir else None)
+    for name, param in params.items():
+        full = _gather(param, dtype)
+        if export:
+            for part in name_map[name]:
+                export.attempt(export.write, part, full)
+        del full  # before the next one is gathered
+    if export:
+        export.attempt(export.finish)
+    problem = [export.problem if export else None]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise CheckpointError(problem[0])
 
 
-class _Entry:
-    """One tensor of the checkpoint: where it lies, and a lazy handle to its rows."""
+class _Export:
+    """What rank 0 does. After the first problem it does nothing more, so that the gathers of all ranks can run out."""
 
-    def __init__(self, file: Path, handle: Any, name: str):
-        self.file = file
-        self.slice = handle.get_slice(name)
-        self.shape = tuple(self.slice.get_shape())
+    def __init__(self, path: Path):
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
+        self.problem: str | None = None
+        self._writer: StreamWriter | None = None
 
-
-def _open_all(path: Path, stack: ExitStack) -> dict[str, _Entry]:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
-    entries: dict[str, _Entry] = {}
-    for file in _files(path):
+    def attempt(self, action, *args) -> None:
+        if self.problem:
+            return
         try:
-            handle = stack.enter_context(safe_open(file, framework="pt"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: named by {_INDEX}, but not there") from None
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{file}: damaged or truncated safetensors file ({e})") from None
-        entries |= {name: _Entry(file, handle, name) for name in handle.keys()}
-    return entries
+            action(*args)
+        except (OSError, CheckpointError) as e:
+            intact = "; what was there before is intact" if self.path.exists() else ""
+            self.problem = str(e) if isinstance(e, CheckpointError) else f"{self.path}: not saved, {e}{intact}"
+            self._abandon()
+
+    def begin(
+        self,
+        plan: Mapping[str, Sequence[PlannedTensor]],
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        tokenizer_dir: Path | None,
+    ) -> None:
+        _check_replaceable(self.path)
+        shutil.rmtree(self.partial, ignore_errors=True)  # of a save that was killed
+        self.partial.mkdir(parents=True)
+        _write_json(self.partial / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+        token_ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+        _write_json(self.partial / GENERATION_FILE, {"_from_model_config": True, **token_ids})
+        if tokenizer_dir is not None:
+            _copy_tokenizer(tokenizer_dir, self.partial)
+        write_index(self.partial, plan)
+        self._writer = StreamWriter(self.partial, plan)
+
+    def write(self, part: Part, full: Tensor) -> None:
+        self._writer.write(part.hf_name, full[part.row_start : part.row_start + part.num_rows])
+
+    def finish(self) -> None:
+        self._writer.close()
+        if not self.path.exists():
+            self.partial.rename(self.path)
+            return
+        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        self.path.rename(replaced)
+        self.partial.rename(self.path)
+        shutil.rmtree(replaced)
+
+    def _abandon(self) -> None:
+        if self._writer:
+            try:
+                self._writer.close()
+            except OSError:
+                pass  # the same full disk again; the first error is the one reported
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def _files(path: Path) -> list[Path]:
-    index = path / _INDEX
-    if index.exists():
-        try:
-            return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise CheckpointError(f"{index}: not a safetensors index ({e!r})") from None
-    if (path / _SINGLE).exists():
-        return [path / _SINGLE]
-    raise CheckpointError(f"{path}: has neither {_SINGLE} nor {_INDEX}")
-
-
-def _check_names(path: Path | str, name_map: Parts, files: dict[str, _Entry]) -> None:
-    wanted = {hf_name for parts in name_map.values() for hf_name, *_ in parts}
-    missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - wanted)
-    if extra == [_TIED_HEAD]:  # tied models may be saved with the head spelled out
-        extra = []
-    if missing:
-        raise CheckpointError(f"{path}: {len(missing)} tensors are missing: {_some(missing)}")
-    if extra:
-        raise CheckpointError(f"{path}: {len(extra)} tensors do not belong to this model: {_some(extra)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-
-
-def _check_shape(name: str, entry: _Entry, expected: tuple[int, ...]) -> None:
-    if entry.shape != expected:
+def _parameters(module: nn.Module, name_map: NameMap) -> dict[str, Tensor]:
+    """The module's parameters, each covered by its parts without gap or overlap."""
+    params = dict(module.named_parameters())
+    if set(params) != set(name_map):
         raise CheckpointError(
-            f"{entry.file}: {name} has shape {list(entry.shape)}, this model needs {list(expected)}"
+            f"the name map does not describe this model: unknown to it {_some(set(params) - set(name_map))}, "
+            f"not in the model {_some(set(name_map) - set(params))}"
+        )
+    for name, param in params.items():
+        row = 0
+        for part in name_map[name]:
+            if part.row_start != row:
+                raise CheckpointError(f"name map of {name}: {part.hf_name} starts at row {part.row_start}, not {row}")
+            row += part.num_rows
+        if row != param.shape[0]:
+            raise CheckpointError(f"name map of {name}: its parts have {row} rows, the parameter {param.shape[0]}")
+    return params
+
+
+def _check_names(name_map: NameMap, stored: Mapping[str, StoredTensor], path: Path, strict: bool) -> None:
+    wanted = {part.hf_name for parts in name_map.values() for part in parts}
+    if missing := wanted - set(stored):
+        raise CheckpointError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}")
+    extra = {name for name in set(stored) - wanted if name != TIED_HEAD and not name.endswith(DERIVED_SUFFIX)}
+    if strict and extra:
+        raise CheckpointError(
+            f"{path}: holds {len(extra)} tensors that this model does not have: {_some(extra)}; is it another model?"
         )
 
 
-def _local_rows(param: nn.Parameter) -> tuple[Tensor, int]:
-    """This rank's rows of `param`, and the global index of the first."""
+def _check_tensor(part: Part, param: Tensor, stored: StoredTensor) -> None:
+    expected = (part.num_rows, *param.shape[1:])
+    if stored.shape != expected:
+        raise CheckpointError(
+            f"{stored.file}: {part.hf_name} has shape {list(stored.shape)}, but the model needs {list(expected)}"
+        )
+    if stored.dtype not in DTYPE_NAMES.values():
+        readable = ", ".join(DTYPE_NAMES.values())
+        raise CheckpointError(f"{stored.file}: {part.hf_name} is stored as {stored.dtype}; only {readable} are read")
+
+
+def _read_part(handle: Any, param: Tensor, part: Part) -> None:
+    """Copy those rows of `part` that this rank owns."""
+    local, first_row = _local_rows(param)
+    start = max(part.row_start, first_row)
+    stop = min(part.row_start + part.num_rows, first_row + local.shape[0])
+    if start < stop:
+        rows = handle.get_slice(part.hf_name)[start - part.row_start : stop - part.row_start]
+        local[start - first_row : stop - first_row].copy_(rows)
+
+
+def _local_rows(param: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a parameter, and the global index of the first of them."""
     if not isinstance(param, DTensor):
-        return param.data, 0
-    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    return param.to_local(), offset[0]
+        return param.detach(), 0
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if tuple(shape[1:]) != tuple(param.shape[1:]):
+        raise NotImplementedError(f"parameters sharded on another dim than 0: {param.placements}")
+    return param.detach().to_local(), offset[0]
 
 
-@torch.no_grad()
-def _gathered(model: nn.Module, name_map: Parts, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(hf name, tensor on CPU) in the order of the parameters, gathering each parameter when its turn comes."""
-    for name, param in model.named_parameters():
-        full = param.full_tensor() if isinstance(param, DTensor) else param.data
-        full = full.to(device="cpu", dtype=dtype)
-        for hf_name, row_start, num_rows in name_map[name]:
-            yield hf_name, full[row_start : row_start + num_rows]
-
-
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, max_shard_bytes: int) -> None:
-    """Fill file after file; their final names, which hold their number, are known only at the end."""
-    shard: dict[str, Tensor] = {}
-    names_by_shard: list[list[str]] = []
-    sizes = [0]
-
-    def flush() -> None:
-        save_file(shard, directory / f"shard-{len(names_by_shard)}", metadata={"format": "pt"})
-        names_by_shard.append(list(shard))
-        shard.clear()
-        sizes.append(0)
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and sizes[-1] + size > max_shard_bytes:
-            flush()
-        shard[name] = tensor.clone()  # its own storage: a view would keep the whole parameter alive
-        sizes[-1] += size
-    flush()
-    _name_shards(directory, names_by_shard, sum(sizes))
-
-
-def _name_shards(directory: Path, names_by_shard: list[list[str]], total_size: int) -> None:
-    count = len(names_by_shard)
-    if count == 1:
-        (directory / "shard-0").rename(directory / _SINGLE)
+def _check_tied_head(name_map: NameMap, stored: Mapping[str, StoredTensor], path: Path) -> None:
+    """A head that is on disk but not in the model must be the embedding, or the model would not be the same."""
+    wanted = {part.hf_name for parts in name_map.values() for part in parts}
+    if TIED_HEAD in wanted or TIED_HEAD not in stored or TIED_EMBEDDING not in stored:
         return
-    weight_map = {}
-    for i, names in enumerate(names_by_shard):
-        final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        (directory / f"shard-{i}").rename(directory / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (directory / _INDEX).write_text(json.dumps(index, indent=1))
+    head, embedding = (_open_whole(stored[name], name) for name in (TIED_HEAD, TIED_EMBEDDING))
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"{path}: {TIED_HEAD} differs from {TIED_EMBEDDING}, but config.json has tie_word_embeddings=true"
+        )
 
 
-def _write_side_files(directory: Path, config: dict[str, Any], tokenizer_dir: Path | None) -> None:
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-    (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
-    for pattern in _TOKENIZER_FILES if tokenizer_dir else ():
-        for file in Path(tokenizer_dir).glob(pattern):
-            if file.is_file():
-                shutil.copy(file, directory)
+def _open_whole(stored: StoredTensor, name: str) -> Tensor:
+    with open_file(stored.file) as handle:
+        return handle.get_tensor(name)  # a view of the mapped file
 
 
-def _replace(partial: Path, path: Path) -> None:
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def _planned(params: Mapping[str, Tensor], name_map: NameMap, dtype: torch.dtype | None) -> Iterable[PlannedTensor]:
+    for name, param in params.items():
+        for part in name_map[name]:
+            yield PlannedTensor(part.hf_name, (part.num_rows, *param.shape[1:]), dtype or param.dtype)
 
 
-def _share_outcome(problem: str | None, path: Path) -> None:
-    """Raise rank 0's failure on every rank."""
-    outcome = [problem]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise CheckpointError(outcome[0])
+def _gather(param: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The whole parameter in `dtype`, on every rank. Collective for a DTensor."""
+    value = param.detach().to(dtype or param.dtype)
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not found:
+        raise CheckpointError(f"tokenizer_dir={source}: holds no tokenizer files such as {TOKENIZER_FILES[0]}")
+    for file in (*found, source / GENERATION_FILE):
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Never rename away something that is not an earlier export."""
+    if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or (path / "config.json").is_file())):
+        return
+    raise CheckpointError(f"{path}: exists and is not a Hugging Face directory; choose another path, or remove it")
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (", ".join(names[:_LISTED]) or "none") + more
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
