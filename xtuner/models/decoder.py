@@ -86,12 +86,14 @@ class Decoder(nn.Module):
         loss_weights: Tensor | None = None,
         cache: KVCache | None = None,
         routing: Tensor | None = None,
+        logit_rows: Tensor | None = None,
     ) -> ModelOutput:
         """Logits, or with `labels` and `loss_weights` the weighted sum of cross-entropies instead.
 
         Args:
             cache: keys and values of earlier tokens; the new ones are appended.
             routing: int32 [T, L, K] expert choices to replay in the L MoE layers.
+            logit_rows: int64 [S], the tokens whose logits [S, V] are wanted; None: all. Generation needs only the last.
         """
         x_TD = self.embed(input_ids)
         rotary = rotary_tables(positions[0], self.cfg.head_dim, self.cfg.rope, x_TD.dtype)
@@ -104,7 +106,8 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(cu_seqlens)
         if labels is None:
-            return ModelOutput(self._logits(self.norm(x_TD)), None, stats)
+            wanted = x_TD if logit_rows is None else x_TD[logit_rows]
+            return ModelOutput(self._logits(self.norm(wanted)), None, stats)
         # Only rows that are learned go through the head; in fine-tuning most are not.
         rows = loss_weights.nonzero()[:, 0]
         logits = self._logits(self.norm(x_TD[rows]))

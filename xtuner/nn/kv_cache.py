@@ -35,7 +35,7 @@ class KVCache:
             ValueError: a sequence outgrows max_length.
         """
         bounds = cu_seqlens.tolist()
-        totals = [old + last - first for old, first, last in zip(self.lengths, bounds, bounds[1:], strict=True)]
+        totals = [old + last - first for old, first, last in zip(self.lengths, bounds[:-1], bounds[1:], strict=True)]
         if max(totals) > self.keys.shape[2]:
             raise ValueError(f"max_length={self.keys.shape[2]} of the KV cache is exceeded: {max(totals)} tokens")
         for s, total in enumerate(totals):
