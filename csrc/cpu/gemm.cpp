@@ -37,9 +37,11 @@ Plan plan_for(const GemmProblem& p, double work_per_tile, const Kernels& isa) {
   const KBlocks blocks(p.num_k);
   const bool direct = sums_in_output(p.out);
   Plan plan;
-  // Rows of Q that must be packed are packed again for every part of V, so V's parts are wide there.
+  // Many rows of Q: all of k in one pass, so that a slice's sums stay in L2. Otherwise, and where Q must be packed again
+  // for every part of V, wide parts are better.
   const int64_t fits = packed_v_budget / (blocks.count * blocks.length);
-  const int64_t v_most = p.q.col == 1 ? std::clamp(fits, narrowest_v, widest_v) : widest_v;
+  const bool many_rows = p.q.col == 1 && p.num_q > longest_q_sums;
+  const int64_t v_most = many_rows ? std::clamp(fits, narrowest_v, widest_v) : widest_v;
   plan.v_part = even_part(p.num_v, v_most, isa.tile_cols);
   const bool one_pass = k_blocks_per_pass(blocks, plan.v_part) == blocks.count;
   const int64_t q_most = one_pass || direct ? longest_q : longest_q_sums;

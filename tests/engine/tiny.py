@@ -19,7 +19,7 @@ ARCH = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "initializer_range": 0.2,
-    "moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
 
@@ -64,6 +64,7 @@ def tiny_config(directory: Path, **fields: object) -> dict:
         "run_dir": str(directory / "run"),
         "device": "cpu",
         "num_threads": 1,
+        "seed": 2,
         "steps": 20,
         "global_batch_size": 4,
         "micro_batch_size": 4,

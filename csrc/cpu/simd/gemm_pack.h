@@ -22,22 +22,30 @@ XT_INLINE void widen_row(const T* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = as_float(from + i);
 }
 
-// One panel of V: to[k * cols + j] = V[v + j, k] for cols = 2 * width columns, zero from the n-th on.
+// V whose rows run along v: row k of all panels, num_v columns, then row k + 1. Reading whole rows streams well from
+// memory. Panel p holds V's columns [p * cols, (p + 1) * cols) as to[p * panel + k * cols + j], zero past num_v.
 template <class Vec, class T>
-void pack_panel(const T* from, int64_t row, int64_t col, int64_t n, int64_t num_k, float* to) {
+void pack_panels_copied(const T* from, int64_t col, int64_t num_v, int64_t num_k, float* to, int64_t panel) {
   constexpr int64_t cols = 2 * Vec::width;
-  if (row == 1) {
-    for (int64_t k = 0; k < num_k; ++k, from += col, to += cols) {
-      if (n == cols) {
-        Vec::load(from).store(to);
-        Vec::load(from + Vec::width).store(to + Vec::width);
-      } else {
-        for (int64_t j = 0; j < cols; ++j) to[j] = j < n ? as_float(from + j) : 0.0f;
-      }
+  constexpr int64_t ahead = 8;  // rows
+  for (int64_t k = 0; k < num_k; ++k, from += col, to += cols) {
+    float* out = to;
+    int64_t v = 0;
+    for (; v + cols <= num_v; v += cols, out += panel) {
+      __builtin_prefetch(from + ahead * col + v);
+      Vec::load(from + v).store(out);
+      Vec::load(from + v + Vec::width).store(out + Vec::width);
     }
-    return;
+    if (v < num_v) {
+      for (int64_t j = 0; j < cols; ++j) out[j] = v + j < num_v ? as_float(from + v + j) : 0.0f;
+    }
   }
-  constexpr int64_t block = Vec::block;
+}
+
+// One panel of V whose rows run along k: to[k * cols + j] = V[v + j, k], zero from column n on.
+template <class Vec, class T>
+void pack_panel_transposed(const T* from, int64_t row, int64_t n, int64_t num_k, float* to) {
+  constexpr int64_t cols = 2 * Vec::width, block = Vec::block;
   for (int64_t j = 0; j < cols; j += block) {
     int64_t k = 0;
     if (j + block <= n) {

@@ -50,14 +50,17 @@ class GemmTileRunner {
   }
 
   void pack_v(int64_t b, float* to) const {
+    p_.v.dtype == DType::f32 ? pack_v_typed<float>(b, to) : pack_v_typed<bf16_t>(b, to);
+  }
+
+  template <class T>
+  void pack_v_typed(int64_t b, float* to) const {
     const GemmSide& s = p_.v;
-    for (int64_t v = t_.v0; v < t_.v1; v += cols, to += cols * blocks_.length) {
-      const int64_t n = t_.v1 - v < cols ? t_.v1 - v : cols;
-      if (s.dtype == DType::f32) {
-        pack_panel<Vec>(at<float>(s, v, begin(b)), s.row, s.col, n, length(b), to);
-      } else {
-        pack_panel<Vec>(at<bf16_t>(s, v, begin(b)), s.row, s.col, n, length(b), to);
-      }
+    const int64_t num_v = t_.v1 - t_.v0, panel = cols * blocks_.length;
+    if (s.row == 1) return pack_panels_copied<Vec>(at<T>(s, t_.v0, begin(b)), s.col, num_v, length(b), to, panel);
+    for (int64_t v = 0; v < num_v; v += cols, to += panel) {
+      const int64_t n = num_v - v < cols ? num_v - v : cols;
+      pack_panel_transposed<Vec>(at<T>(s, t_.v0 + v, begin(b)), s.row, n, length(b), to);
     }
   }
 

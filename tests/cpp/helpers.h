@@ -1,0 +1,139 @@
+// Random inputs, views and comparisons shared by the tests of the ops.
+#pragma once
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/simd/bf16.h"
+#include "xtuner/build_info.h"
+#include "xtuner/tensor.h"
+
+namespace xt::test {
+
+using Shape = std::vector<int64_t>;
+using Rng = std::mt19937;
+
+inline int64_t pick(Rng& rng, const std::vector<int64_t>& from) { return from[rng() % from.size()]; }
+
+// Sizes around the widths of vectors, register tiles and blocks.
+inline const std::vector<int64_t> odd_sizes = {1, 5, 15, 16, 17, 127, 128, 129};
+
+// Owned fp32 or bf16 memory, read and written as double.
+class Array {
+ public:
+  Array(DType dtype, Shape shape) : dtype_(dtype), shape_(std::move(shape)), bytes_(count() * size_of(dtype)) {
+    fill(std::nan(""));  // an output that is not written, or a value that must not be read, shows up
+  }
+
+  int64_t count() const {
+    int64_t n = 1;
+    for (int64_t d : shape_) n *= d;
+    return n;
+  }
+  double operator[](int64_t i) const {
+    if (dtype_ == DType::bf16) return widen(reinterpret_cast<const bf16_t*>(bytes_.data())[i]);
+    return reinterpret_cast<const float*>(bytes_.data())[i];
+  }
+  void set(int64_t i, double v) {
+    if (dtype_ == DType::bf16) {
+      reinterpret_cast<bf16_t*>(bytes_.data())[i] = narrow(static_cast<float>(v));
+    } else {
+      reinterpret_cast<float*>(bytes_.data())[i] = static_cast<float>(v);
+    }
+  }
+  void fill(double v) {
+    for (int64_t i = 0; i < count(); ++i) set(i, v);
+  }
+  // Normal values in the first `n` elements (all by default); the rest keeps its NaN.
+  Array& randomise(Rng& rng, int64_t n = -1) {
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < (n < 0 ? count() : n); ++i) set(i, normal(rng));
+    return *this;
+  }
+  Tensor view() const {
+    Tensor t;
+    t.data = const_cast<unsigned char*>(bytes_.data());
+    t.dtype = dtype_;
+    t.ndim = static_cast<int>(shape_.size());
+    int64_t step = 1;
+    for (int i = t.ndim - 1; i >= 0; --i) {
+      t.shape[i] = shape_[i];
+      t.strides[i] = step;
+      step *= shape_[i];
+    }
+    return t;
+  }
+  const std::vector<unsigned char>& bytes() const { return bytes_; }
+  // Distance between neighbouring values near v.
+  double rounding(double v) const { return std::fabs(v) * std::ldexp(1.0, dtype_ == DType::bf16 ? -8 : -23); }
+
+ private:
+  DType dtype_;
+  Shape shape_;
+  std::vector<unsigned char> bytes_;
+};
+
+template <class T>
+Tensor view(const std::vector<T>& v, std::initializer_list<int64_t> shape) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  const DType dtype = std::is_floating_point_v<T> ? DType::f32 : sizeof(T) == 4 ? DType::i32 : DType::i64;
+  return Tensor(v.data(), dtype, shape);
+}
+
+// Offsets of experts with the given row counts.
+inline std::vector<int64_t> offsets_of(const std::vector<int64_t>& rows) {
+  std::vector<int64_t> at = {0};
+  for (int64_t n : rows) at.push_back(at.back() + n);
+  return at;
+}
+
+// Row counts of E experts: some empty, all empty, one hot, or spread.
+inline std::vector<int64_t> random_rows(Rng& rng, int64_t num_experts) {
+  std::vector<int64_t> rows(num_experts, 0);
+  switch (rng() % 5) {
+    case 0: break;
+    case 1: rows[rng() % num_experts] = pick(rng, {127, 128, 129, 300}); break;
+    default:
+      for (int64_t& n : rows) n = rng() % 3 == 0 ? 0 : pick(rng, {1, 2, 5, 6, 7, 12, 15, 16, 17, 33, 129});
+  }
+  return rows;
+}
+
+// Runs body once per instruction set of this machine.
+inline void for_each_isa(const std::function<void()>& body) {
+  for (const std::string& isa : build_info().isas) {
+    SCOPED_TRACE("isa " + isa);
+    force_isa(isa);
+    body();
+  }
+  force_isa("");
+}
+
+// run(num_threads, out) must give the same bits for every thread count.
+inline void expect_same_bits(const Array& start, const std::function<void(int, Array&)>& run) {
+  Array one = start;
+  run(1, one);
+  for (int threads : {2, 3, 8}) {
+    Array many = start;
+    run(threads, many);
+    EXPECT_EQ(one.bytes(), many.bytes()) << threads << " threads";
+  }
+}
+
+// body must throw xt::Error whose message contains `part`.
+inline void expect_error(const std::function<void()>& body, const std::string& part) {
+  try {
+    body();
+    ADD_FAILURE() << "no error; expected: " << part;
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << "expected: " << part << "\n     got: " << e.what();
+  }
+}
+
+}  // namespace xt::test
