@@ -18,6 +18,8 @@ namespace xt::test {
 
 using Shape = std::vector<int64_t>;
 using Rng = std::mt19937;
+using cpu::narrow;
+using cpu::widen;
 
 inline int64_t pick(Rng& rng, const std::vector<int64_t>& from) { return from[rng() % from.size()]; }
 
