@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from xtuner.batch import Batch
 from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, save_checkpoint
 from xtuner.checkpoint.hf import load_hf, save_hf
 from xtuner.config import ModelConfig, TrainConfig, save_config
@@ -23,7 +24,7 @@ from xtuner.engine.screen import Screen, format_seconds
 from xtuner.engine.stop import StopRequest
 from xtuner.engine.train_step import StepResult, train_step
 from xtuner.engine.validate import validation_loss
-from xtuner.errors import ConfigError
+from xtuner.errors import ConfigError, DataError
 from xtuner.models import SIZES, build_model, config_from_hf, config_to_hf, flops_per_token, hf_map
 from xtuner.optim import build_adamw, learning_rate
 from xtuner.parallel import World, init_world, shard_model
@@ -104,7 +105,7 @@ def _loop(run: Run) -> dict[str, Any]:
             lr = learning_rate(run.step, cfg.steps, cfg.optim.lr, cfg.schedule)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            batches = [batch.to(world.device) for batch in run.loader.next_step()]
+            batches = _next_batches(run)
             result = train_step(run.model, run.optimizer, batches, cfg.loss, cfg.optim.max_grad_norm, world)
             seconds = time.perf_counter() - started
             run.step += 1
@@ -177,6 +178,18 @@ def _open_run_dir(cfg: TrainConfig, resume: bool, world: World) -> None:
     if world.is_main:
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(cfg, cfg.run_dir / "config.json")
+
+
+def _next_batches(run: Run) -> list[Batch]:
+    """This rank's micro-batches of the next step. Raises DataError if the tokenizer is not this model's."""
+    batches = run.loader.next_step()
+    largest = max(int(batch.input_ids.max()) for batch in batches)
+    if largest >= run.arch.vocab_size:
+        raise DataError(
+            f"token id {largest} is outside the model's vocab_size={run.arch.vocab_size}: "
+            f"data.tokenizer={run.cfg.data.tokenizer or run.cfg.model.path} does not belong to this model"
+        )
+    return [batch.to(run.world.device) for batch in batches]
 
 
 def _report(
