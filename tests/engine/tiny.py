@@ -48,7 +48,7 @@ def make_texts(path: Path, num_documents: int, seed: int) -> Path:
 
 def tiny_config(directory: Path, **fields: object) -> dict:
     """Config of a run in `directory`; makes tokenizer and data there on first use."""
-    if not (directory / "tokenizer").exists():
+    if not (directory / "train.jsonl").exists():
         make_tokenizer(directory / "tokenizer")
         make_texts(directory / "train.jsonl", 80, seed=1)
         make_texts(directory / "held_out.jsonl", 9, seed=2)
