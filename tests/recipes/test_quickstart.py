@@ -94,7 +94,7 @@ def test_prepare_is_idempotent_and_repairs_an_interrupted_one(made, monkeypatch)
         assert quickstart_data.prepare(made.train.parent) == made
 
 
-def test_an_incomplete_directory_is_replaced(tmp_path, monkeypatch):
+def test_an_incomplete_or_outdated_directory_is_replaced(tmp_path, monkeypatch):
     found = {str(i): [f"Module {i} has functions."] for i in range(99)}
     monkeypatch.setattr(quickstart_data, "documents", lambda: found)
     monkeypatch.setattr(quickstart_data, "VOCAB_SIZE", 270)
@@ -103,6 +103,8 @@ def test_an_incomplete_directory_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "q" / "train.jsonl").write_text("half")
     data = quickstart_data.prepare(tmp_path / "q")
     assert len(texts(data.train)) > 80 and [path.name for path in tmp_path.iterdir()] == ["q"]
+    monkeypatch.setattr(quickstart_data, "VOCAB_SIZE", 280)
+    assert len(load_tokenizer(quickstart_data.prepare(tmp_path / "q").tokenizer)) == 280
 
 
 def test_python_without_sources_is_an_error(tmp_path, monkeypatch):

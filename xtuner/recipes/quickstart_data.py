@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sysconfig
@@ -25,6 +26,7 @@ import numpy as np
 from xtuner.data.chat_template import CHATML
 from xtuner.errors import DataError
 
+FORMAT = 1  # of the corpus; a higher number makes it anew
 VOCAB_SIZE = 4096
 HELD_OUT_EVERY = 18  # one module in so many; about a twentieth of the text
 MIN_CORPUS_CHARS = 500_000
@@ -58,7 +60,7 @@ def prepare(directory: Path) -> QuickstartData:
     Raises DataError when this Python comes without its documentation.
     """
     directory = Path(directory)
-    if not (directory / "facts.json").exists():
+    if not _is_current(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         try:
@@ -101,20 +103,35 @@ def _write(directory: Path) -> None:
         "unigram_entropy": unigram_entropy(train_ids, validation_ids, VOCAB_SIZE),
         "train_tokens": len(train_ids),
         "validation_tokens": len(validation_ids),
-        "python": sysconfig.get_python_version(),
+        "made_with": _made_with(),
     }
     (directory / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _publish(building: Path, directory: Path) -> None:
     """Rename into place; when another process was faster, its equal result stays."""
-    if directory.exists() and not (directory / "facts.json").exists():
+    if directory.exists() and not _is_current(directory):
         shutil.rmtree(directory)
     try:
         os.rename(building, directory)
     except OSError:
-        if not (directory / "facts.json").exists():
+        if not _is_current(directory):
             raise
+
+
+def _is_current(directory: Path) -> bool:
+    """Whether a complete corpus is there (facts.json is written last), made from the same Python in the same way."""
+    facts = directory / "facts.json"
+    return facts.exists() and json.loads(facts.read_text()).get("made_with") == _made_with()
+
+
+def _made_with() -> dict:
+    return {
+        "format": FORMAT,
+        "python": platform.python_version(),
+        "vocab_size": VOCAB_SIZE,
+        "held_out_every": HELD_OUT_EVERY,
+    }
 
 
 def documents() -> dict[str, list[str]]:
