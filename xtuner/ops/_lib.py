@@ -25,3 +25,12 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     torch.library.register_autograd(f"xtuner::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def once_differentiable(name: str) -> None:
+    """For a backward op that has no gradient formula: differentiating it is an error, never a silent zero."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"xtuner::{name} cannot be differentiated: double backward is not supported here")
+
+    autograd(name, backward, lambda ctx, inputs, output: None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xtuner import _C
-from xtuner.ops._lib import autograd, define
+from xtuner.ops._lib import autograd, define, once_differentiable
 
 
 def swiglu(
@@ -61,3 +61,4 @@ _SCALARS = "Tensor? offsets, float alpha, float? limit, float up_offset"
 define(f"swiglu(Tensor x, {_SCALARS}) -> Tensor", _swiglu, _fake)
 define(f"swiglu_bwd(Tensor dout, Tensor x, {_SCALARS}) -> Tensor", _swiglu_bwd, lambda dout, x, *_: torch.empty_like(x))
 autograd("swiglu", _backward, _setup)
+once_differentiable("swiglu_bwd")

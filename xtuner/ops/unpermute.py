@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xtuner import _C
-from xtuner.ops._lib import autograd, define
+from xtuner.ops._lib import autograd, define, once_differentiable
 
 
 def unpermute(y: Tensor, row_of: Tensor, src: Tensor, probs: Tensor | None = None) -> Tensor:
@@ -65,3 +65,4 @@ define(
     _fake_bwd,
 )
 autograd("unpermute", _backward, _setup)
+once_differentiable("unpermute_bwd")
