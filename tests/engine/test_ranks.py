@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.engine.tiny import exported_weights, launch, losses, tiny_config, write_config
+from tests.engine.tiny import command, environment, exported_weights, launch, losses, tiny_config, write_config
 
 # Rounding differs between rank counts by about 1e-6; a routing decision closer than this could flip.
 SAFE_MARGIN = 1e-5
@@ -47,12 +47,19 @@ def test_no_routing_decision_hangs_on_rounding(one_rank):
     assert one_rank[1] > SAFE_MARGIN
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_same_losses_and_weights(one_rank, num_ranks):
+@pytest.mark.parametrize(("num_ranks", "launcher"), [(2, "torchrun"), (4, "--nproc")])
+def test_same_losses_and_weights(one_rank, num_ranks, launcher):
     directory, _ = one_rank
     run_dir = directory / f"ranks{num_ranks}"
     config = tiny_config(directory, run_dir=str(run_dir), micro_batch_size=4 // num_ranks)
-    result = launch(write_config(directory / f"{num_ranks}.json", config), "--nproc", str(num_ranks), cwd=directory)
+    config_file = write_config(directory / f"{num_ranks}.json", config)
+    if launcher == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
+        result = subprocess.run(
+            [*torchrun, *command(config_file)[1:]], cwd=directory, env=environment(), capture_output=True, text=True, timeout=180
+        )
+    else:
+        result = launch(config_file, "--nproc", str(num_ranks), cwd=directory)
     assert result.returncode == 0, result.stderr
     ours, theirs = torch.tensor(losses(run_dir)), torch.tensor(losses(directory / "one"))
     assert len(theirs) == 20
