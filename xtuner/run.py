@@ -127,7 +127,7 @@ def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint=args.rdzv or "localhost:0",
         max_restarts=0,
-        # The launcher would kill workers soon after a SIGTERM; ours go to the workers, which save and exit by themselves.
+        # On these the launcher would soon kill the workers; we forward them, and the workers save and exit.
         signals_to_handle="SIGHUP,SIGQUIT",
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -2,8 +2,8 @@ import math
 
 import torch
 
-from xtuner.optim import build_adamw, clip_grad_norm
 from xtuner.config import OptimConfig
+from xtuner.optim import build_adamw, clip_grad_norm
 
 
 def parameters(seed=0):

@@ -15,7 +15,7 @@ LINE_INTERVAL = 5.0
 
 
 class Screen:
-    """A live progress line on a terminal, a plain line every few seconds elsewhere, nothing at all when not `enabled`."""
+    """A live progress line on a terminal, a plain line every few seconds elsewhere, nothing when not `enabled`."""
 
     def __init__(self, steps: int, first_step: int, enabled: bool):
         self.console = Console(quiet=not enabled, highlight=False)
