@@ -55,9 +55,8 @@ def test_same_losses_and_weights(one_rank, num_ranks, launcher):
     config_file = write_config(directory / f"{num_ranks}.json", config)
     if launcher == "torchrun":
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}", "--standalone"]
-        result = subprocess.run(
-            [*torchrun, *command(config_file)[1:]], cwd=directory, env=environment(), capture_output=True, text=True, timeout=180
-        )
+        whole = [*torchrun, *command(config_file)[1:]]
+        result = subprocess.run(whole, cwd=directory, env=environment(), capture_output=True, text=True, timeout=180)
     else:
         result = launch(config_file, "--nproc", str(num_ranks), cwd=directory)
     assert result.returncode == 0, result.stderr

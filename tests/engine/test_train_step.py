@@ -34,8 +34,8 @@ def batch(*lengths, seed=0):
     )
 
 
-def step(model, optimizer, *batches, loss=LossConfig(), max_grad_norm=1e9):
-    return train_step(model, optimizer, batches, loss, max_grad_norm, ALONE)
+def step(model, optimizer, *batches, loss=None, max_grad_norm=1e9):
+    return train_step(model, optimizer, batches, loss or LossConfig(), max_grad_norm, ALONE)
 
 
 def weights(model):
