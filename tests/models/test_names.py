@@ -67,13 +67,52 @@ def test_old_and_new_field_names():
     [
         ({"model_type": "gpt2"}, "model_type=gpt2: supported are llama, qwen3, qwen3_moe"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: supported is silu"),
-        ({"use_sliding_window": True}, "use_sliding_window=true: sliding-window attention is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True: only full attention is supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*: only full attention is supported"),
+        ({"mlp_bias": True}, "mlp_bias=true: biases in the feed-forward layer are not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: supported is 1.0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor=0.25: supported is 1.0",
+        ),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "required, but not given: factor"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn: supported are default, linear, llama3"),
     ],
 )
 def test_what_we_do_not_compute_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         config_from_hf(config_to_hf(SIZES["qwen3-tiny"]) | change)
+
+
+def test_null_means_the_default():
+    hf = config_to_hf(SIZES["qwen3-moe-tiny"])
+    names = ["partial_rotary_factor", "layer_types", "decoder_sparse_step", "head_dim", "mlp_only_layers"]
+    absent = dict.fromkeys(names)
+    cfg = SIZES["qwen3-moe-tiny"]
+    assert config_from_hf(hf | absent) == cfg.model_copy(update={"head_dim": cfg.hidden_size // 4})
+    assert config_from_hf(hf | {"norm_topk_prob": None}).moe.norm_topk_prob is False
+
+
+def test_dense_layers_must_exist():
+    hf = config_to_hf(SIZES["qwen3-moe-tiny"])
+    assert config_from_hf(hf | {"decoder_sparse_step": 2}).dense_layers == (0,)
+    values = SIZES["qwen3-moe-tiny"].model_dump() | {"dense_layers": (0, 2)}
+    with pytest.raises(ConfigError, match=r"dense_layers=\(0, 2\) must name layers 0…1 of an MoE model"):
+        type(SIZES["qwen3-moe-tiny"]).parse(values)
+    with pytest.raises(ConfigError, match="required, but not given: num_experts_per_tok"):
+        config_from_hf({k: v for k, v in hf.items() if k != "num_experts_per_tok"})
+
+
+def test_impossible_values_are_config_errors():
+    hf = config_to_hf(SIZES["qwen3-moe-tiny"])
+    for change, message in [
+        ({"vocab_size": "many"}, "vocab_size='many'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 exceeds num_experts=8"),
+        ({"rope_theta": -1.0, "rope_parameters": None}, "rope.theta=-1.0"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            config_from_hf(hf | change)
 
 
 def test_missing_fields_and_files(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtuner.config import ModelConfig, RopeConfig
+from xtuner.config import ModelConfig
 from xtuner.errors import ConfigError
 
 _PLAIN = (
@@ -13,15 +13,18 @@ _PLAIN = (
 )  # fmt: skip
 _OPTIONAL = ("tie_word_embeddings", "attention_bias", "initializer_range")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_ROPE_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# What each kind of rotary embedding needs besides its base.
+_ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def read_decoder(hf: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a ModelConfig. Raises ConfigError on what we do not compute, rather than ignoring it."""
+    """Field values of a ModelConfig. Raises ConfigError on what we do not compute, rather than ignoring it."""
     _refuse_unsupported(hf)
-    missing = [name for name in _PLAIN if name not in hf]
-    if missing:
-        raise ConfigError(f"config.json: required, but not given: {', '.join(missing)}")
+    require(hf, *_PLAIN)
     values = {name: hf[name] for name in _PLAIN}
     values |= {name: hf[name] for name in (*_OPTIONAL, *_TOKENS) if hf.get(name) is not None}
     values["num_key_value_heads"] = hf.get("num_key_value_heads") or hf["num_attention_heads"]
@@ -30,36 +33,46 @@ def read_decoder(hf: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def require(hf: dict[str, Any], *names: str) -> None:
+    missing = [name for name in names if hf.get(name) is None]
+    if missing:
+        raise ConfigError(f"config.json: required, but not given: {', '.join(missing)}")
+
+
 def write_decoder(cfg: ModelConfig) -> dict[str, Any]:
     """The shared fields, in today's names."""
     names = (*_PLAIN, *_OPTIONAL, *_TOKENS, "num_key_value_heads", "head_dim")
     hf = {name: getattr(cfg, name) for name in names}
     rope = {"rope_theta": cfg.rope.theta, "rope_type": cfg.rope.type}
-    if cfg.rope.type != "default":
-        fields = _ROPE_FIELDS if cfg.rope.type == "llama3" else _ROPE_FIELDS[:1]
-        rope |= {name: getattr(cfg.rope, name) for name in fields}
+    rope |= {name: getattr(cfg.rope, name) for name in _ROPE_FIELDS[cfg.rope.type]}
     # rope_theta and rope_scaling are what readers from before rope_parameters look for.
     old = {"rope_theta": cfg.rope.theta, "rope_scaling": None if cfg.rope.type == "default" else rope}
     return hf | old | {"hidden_act": "silu", "rope_parameters": rope, "use_cache": True, "attention_dropout": 0.0}
 
 
-def _read_rope(hf: dict[str, Any]) -> RopeConfig:
+def _read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ConfigError(f"config.json: rope_type={kind}: supported are default, linear, llama3")
+    if kind not in _ROPE_FIELDS:
+        raise ConfigError(f"config.json: rope_type={kind}: supported are {', '.join(_ROPE_FIELDS)}")
+    _refuse_other_than(given, "partial_rotary_factor", 1.0)
+    require(given, *_ROPE_FIELDS[kind])
     theta = given.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    fields = {name: given[name] for name in _ROPE_FIELDS if given.get(name) is not None} if kind != "default" else {}
-    return RopeConfig(theta=theta, type=kind, **fields)
+    return {"theta": theta, "type": kind, **{name: given[name] for name in _ROPE_FIELDS[kind]}}
 
 
 def _refuse_unsupported(hf: dict[str, Any]) -> None:
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"config.json: hidden_act={hf['hidden_act']}: supported is silu")
-    if hf.get("use_sliding_window"):
-        raise ConfigError("config.json: use_sliding_window=true: sliding-window attention is not supported")
+    _refuse_other_than(hf, "hidden_act", "silu")
+    _refuse_other_than(hf, "partial_rotary_factor", 1.0)
+    windowed = any(kind != "full_attention" for kind in hf.get("layer_types") or ())
+    if hf.get("use_sliding_window") or windowed:
+        field = "layer_types" if windowed else "use_sliding_window"
+        raise ConfigError(f"config.json: {field}={hf[field]}: only full attention is supported")
     if hf.get("mlp_bias"):
         raise ConfigError("config.json: mlp_bias=true: biases in the feed-forward layer are not supported")
-    if hf.get("partial_rotary_factor", 1.0) != 1.0:
-        factor = hf["partial_rotary_factor"]
-        raise ConfigError(f"config.json: partial_rotary_factor={factor}: supported is 1.0")
+
+
+def _refuse_other_than(hf: dict[str, Any], field: str, supported: Any) -> None:
+    """Absent and null mean the default, which is what we compute."""
+    if hf.get(field) not in (None, supported):
+        raise ConfigError(f"config.json: {field}={hf[field]}: supported is {supported}")

@@ -14,6 +14,7 @@ SIZES = {
         family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope=RopeConfig(theta=100_000.0),
         tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        initializer_range=1 / 24,
     ),
     "llama-tiny": ModelConfig(
         family="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -23,7 +24,7 @@ SIZES = {
 
 
 def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(family="llama", **read_decoder(hf))
+    return ModelConfig.parse({"family": "llama", **read_decoder(hf)})
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SIZES = {
 
 
 def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(family="qwen3", **read_decoder(hf))
+    return ModelConfig.parse({"family": "qwen3", **read_decoder(hf)})
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from xtuner.config import ModelConfig, MoEConfig, RopeConfig
 from xtuner.errors import ConfigError
-from xtuner.models.hf_config import read_decoder, write_decoder
+from xtuner.models.hf_config import read_decoder, require, write_decoder
 from xtuner.models.hf_map import decoder_map
 
 _COMMON = dict(
@@ -36,16 +36,17 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
     num_experts = hf.get("num_local_experts", hf.get("num_experts"))
     if num_experts is None:
         raise ConfigError("config.json: required, but not given: num_experts (or num_local_experts)")
-    moe = MoEConfig(
-        num_experts=num_experts,
-        num_experts_per_tok=hf["num_experts_per_tok"],
-        moe_intermediate_size=hf["moe_intermediate_size"],
-        norm_topk_prob=hf.get("norm_topk_prob", False),
-    )
-    step, only = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
+    require(hf, "num_experts_per_tok", "moe_intermediate_size", "num_hidden_layers")
+    moe = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": hf["num_experts_per_tok"],
+        "moe_intermediate_size": hf["moe_intermediate_size"],
+        "norm_topk_prob": hf.get("norm_topk_prob") or False,  # what transformers takes when it is absent
+    }
+    step, only = hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
     layers = range(hf["num_hidden_layers"])
     dense = tuple(i for i in layers if i in only or (i + 1) % step)
-    return ModelConfig(family="qwen3_moe", moe=moe, dense_layers=dense, **read_decoder(hf))
+    return ModelConfig.parse({"family": "qwen3_moe", "moe": moe, "dense_layers": dense, **read_decoder(hf)})
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
