@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from xtuner.config import DataConfig, TrainConfig, describe_fields, load_config
-from xtuner.errors import ConfigError, XTunerError
+# Before torch loads its OpenMP runtime: threads that spin between torch's parallel regions would take the cores that
+# our own kernels run on next.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from xtuner.config import DataConfig, TrainConfig, describe_fields, load_config  # noqa: E402
+from xtuner.errors import ConfigError, XTunerError  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
