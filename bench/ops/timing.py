@@ -1,35 +1,42 @@
-"""Timing shared by the op benchmarks: ours and its rivals in one process, in turns, medians of wall time."""
+"""Timing shared by the op benchmarks: ours and its rivals in one process, in turns, medians."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import xtuner
 
 
-def interleaved_medians(calls: dict[str, Callable], budget_s: float) -> dict[str, float]:
-    """Seconds per call of each, as the median over rounds A B C A B C …; at least 3 rounds, at most 25."""
+class Timing(NamedTuple):
+    """Seconds per call: wall time, and the CPU time of all threads, which other load on the machine disturbs less."""
+
+    wall: float
+    cpu: float
+
+
+def interleaved_medians(calls: dict[str, Callable], budget_s: float) -> dict[str, Timing]:
+    """Medians over rounds A B C A B C …; at least 3 rounds, at most 25."""
     start = time.perf_counter()
     for call in calls.values():
         call()
     rounds = max(3, min(25, int(budget_s / max(time.perf_counter() - start, 1e-6))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[Timing]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             call()
-            samples[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in samples.items()}
+            samples[name].append(Timing(time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: Timing(*map(statistics.median, zip(*times, strict=True))) for name, times in samples.items()}
 
 
 def cpu_name() -> str:
@@ -40,7 +47,10 @@ def cpu_name() -> str:
 
 
 class Report:
-    """Prints one line per case, then the geometric mean of each ratio; writes all of it as JSON when asked to."""
+    """Prints a line per case: ours, then how many times longer each rival takes by wall time (and by CPU time).
+
+    Ends with geometric means; writes everything as JSON when asked to.
+    """
 
     def __init__(self, title: str, unit: str):
         parser = argparse.ArgumentParser(description=title)
@@ -52,33 +62,39 @@ class Report:
 
     def case(self, group: str, shape: str, work: float, calls: dict[str, Callable]) -> None:
         """`calls` begins with ours; `work` is in units of 1e9 per call (GFLOP or GB), counted alike for all."""
-        seconds = interleaved_medians(calls, self.args.budget)
-        ours, *rivals = seconds
-        ratios = {rival: seconds[rival] / seconds[ours] for rival in rivals}
-        threads = torch.get_num_threads()
-        text = "  ".join(f"{r:.2f}x {name}" for name, r in ratios.items())
-        rate = work / seconds[ours]
-        measured = f"{seconds[ours] * 1e6:9.0f} us {rate:7.1f} {self.unit}"
-        print(f"{group:27s} {shape:32s} t{threads} {measured}  {text}", flush=True)
+        timings = interleaved_medians(calls, self.args.budget)
+        ours, *rivals = timings.items()
+        ratios = {name: t.wall / ours[1].wall for name, t in rivals}
+        cpu_ratios = {name: t.cpu / ours[1].cpu for name, t in rivals}
+        text = "  ".join(f"{ratios[name]:.2f}x ({cpu_ratios[name]:.2f}x) {name}" for name in ratios)
+        threads, rate = torch.get_num_threads(), work / ours[1].wall
+        measured = f"{ours[1].wall * 1e6:9.0f} us {rate:7.1f} {self.unit}"
+        print(f"{group:27s} {shape:30s} t{threads} {measured}  {text}", flush=True)
         self.rows.append(
             {
                 "group": group,
                 "shape": shape,
                 "threads": threads,
-                "us": {name: round(s * 1e6, 1) for name, s in seconds.items()},
+                "wall_us": {name: round(t.wall * 1e6, 1) for name, t in timings.items()},
+                "cpu_us": {name: round(t.cpu * 1e6, 1) for name, t in timings.items()},
                 "rate": round(rate, 2),
-                "speedup_over": {name: round(r, 3) for name, r in ratios.items()},
+                "wall_speedup_over": {name: round(r, 3) for name, r in ratios.items()},
+                "cpu_speedup_over": {name: round(r, 3) for name, r in cpu_ratios.items()},
             }
         )
 
     def finish(self) -> None:
-        means: dict[str, list[float]] = {}
+        found: dict[str, dict[str, list[float]]] = {}
         for row in self.rows:
-            for rival, ratio in row["speedup_over"].items():
-                means.setdefault(f"{row['group']}, {row['threads']} threads, over {rival}", []).append(ratio)
-        summary = {name: round(math.exp(statistics.fmean(map(math.log, r))), 3) for name, r in means.items()}
+            for rival in row["wall_speedup_over"]:
+                entry = found.setdefault(
+                    f"{row['group']}, {row['threads']} threads, over {rival}", {"wall": [], "cpu": []}
+                )
+                entry["wall"].append(row["wall_speedup_over"][rival])
+                entry["cpu"].append(row["cpu_speedup_over"][rival])
+        summary = {name: {k: round(statistics.geometric_mean(r), 3) for k, r in e.items()} for name, e in found.items()}
         for name, mean in summary.items():
-            print(f"geomean {mean:.2f}x  {name}")
+            print(f"geomean {mean['wall']:.2f}x ({mean['cpu']:.2f}x)  {name}")
         if self.args.json:
             everything = json.loads(self.args.json.read_text()) if self.args.json.exists() else {}
             entry = {"machine": self.machine(), "unit": self.unit, "geomean": summary, "cases": self.rows}
