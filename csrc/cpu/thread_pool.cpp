@@ -46,9 +46,8 @@ struct Job {
   void* context;
   int64_t num_tasks;
   std::atomic<int64_t> next{0};
-  int open_slots;  // helpers that may still join; guarded by Pool::mutex
-  int helpers = 0;  // helpers inside; guarded by Pool::mutex
-  std::atomic<bool> drained{false};  // closed to newcomers and helpers == 0
+  int open_slots = 0;           // helpers that may still join; guarded by Pool::mutex
+  std::atomic<int> helpers{0};  // helpers inside; changed under Pool::mutex only
   std::atomic<bool> failed{false};
   std::exception_ptr error;
 
@@ -87,15 +86,13 @@ class Pool {
     }
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
-    close(job);
-    if (job.helpers == 0) return;
+    close(job);  // from here on the number of helpers only falls
+    const auto done = [&] { return job.helpers.load(std::memory_order_acquire) == 0; };
+    if (done()) return;
     lock.unlock();
-    if (spin_until([&] { return job.drained.load(std::memory_order_acquire); })) {
-      lock.lock();  // the last helper may still hold the lock in leave(); `job` must outlive that
-      return;
-    }
-    lock.lock();
-    done_.wait(lock, [&] { return job.helpers == 0; });
+    spin_until(done);
+    lock.lock();  // the last helper may still hold the lock in leave(); `job` must outlive that
+    done_.wait(lock, done);
   }
 
  private:
@@ -123,10 +120,7 @@ class Pool {
   }
 
   void leave(Job& job) {
-    if (--job.helpers == 0) {
-      job.drained.store(true, std::memory_order_release);
-      done_.notify_all();
-    }
+    if (--job.helpers == 0) done_.notify_all();
   }
 
   void worker() {
@@ -149,8 +143,8 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::vector<Job*> jobs_;      // with free slots, oldest first
-  std::atomic<int> open_{0};    // jobs_.size(), readable without the lock
+  std::vector<Job*> jobs_;    // with free slots, oldest first
+  std::atomic<int> open_{0};  // jobs_.size(), readable without the lock
   int num_workers_ = 0;
 };
 
