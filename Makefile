@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard requirements/*.txt) $(shell find csrc third_party -type f)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
+# Spinning OpenMP threads would take the cores that our own kernels run on next.
+export OMP_WAIT_POLICY := PASSIVE
 CORES := $(shell nproc)
 
 .PHONY: setup quickstart test lint gtest pytest long sanitize prove bench wheel sft-smollm2 clean
