@@ -19,7 +19,7 @@ config = TrainConfig(
     # Packs as short as the longest sample: best-fit packing would otherwise fill a pack with one task's equal lengths.
     data=DataConfig(train=(HERE / "tasks/train.jsonl",), pack_max_length=64, cache_dir=HERE / "cache"),
     run_dir=HERE / "train",
-    steps=130,
+    steps=100,
     global_batch_size=12,
     micro_batch_size=12,
     optim=OptimConfig(lr=1e-4, weight_decay=0.01),

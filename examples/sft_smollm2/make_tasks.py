@@ -80,7 +80,7 @@ TASKS: dict[str, Callable[[random.Random, Words], Problem]] = {
 }  # fmt: skip
 
 
-def make_tasks(directory: Path, num_train: int = 3000, num_held_out: int = 250, seed: int = 0) -> tuple[Path, Path]:
+def make_tasks(directory: Path, num_train: int = 3000, num_held_out: int = 200, seed: int = 0) -> tuple[Path, Path]:
     """Write both files; their paths. Every task has the same share of each, in an order that mixes them."""
     rng = random.Random(seed)
     words = rng.sample(WORDS, len(WORDS))
