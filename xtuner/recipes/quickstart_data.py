@@ -27,7 +27,7 @@ from xtuner.data.chat_template import CHATML
 from xtuner.errors import DataError
 
 FORMAT = 1  # of the corpus; a higher number makes it anew
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 1024
 HELD_OUT_EVERY = 18  # one module in so many; about a twentieth of the text
 MIN_CORPUS_CHARS = 500_000
 END_OF_TEXT = "<|endoftext|>"
