@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from xtuner.checkpoint.safetensors_io import (
     DTYPE_NAMES,
@@ -31,6 +30,7 @@ from xtuner.checkpoint.safetensors_io import (
     write_index,
 )
 from xtuner.errors import CheckpointError
+from xtuner.parallel import local_rows
 
 
 class Part(Protocol):
@@ -246,22 +246,12 @@ def _check_tensor(part: Part, param: Tensor, stored: StoredTensor) -> None:
 
 def _read_part(handle: Any, param: Tensor, part: Part) -> None:
     """Copy those rows of `part` that this rank owns."""
-    local, first_row = _local_rows(param)
+    local, first_row = local_rows(param)
     start = max(part.row_start, first_row)
     stop = min(part.row_start + part.num_rows, first_row + local.shape[0])
     if start < stop:
         rows = handle.get_slice(part.hf_name)[start - part.row_start : stop - part.row_start]
         local[start - first_row : stop - first_row].copy_(rows)
-
-
-def _local_rows(param: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of a parameter, and the global index of the first of them."""
-    if not isinstance(param, DTensor):
-        return param.detach(), 0
-    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    if tuple(shape[1:]) != tuple(param.shape[1:]):
-        raise NotImplementedError(f"parameters sharded on another dim than 0: {param.placements}")
-    return param.detach().to_local(), offset[0]
 
 
 def _check_tied_head(name_map: NameMap, stored: Mapping[str, StoredTensor], path: Path) -> None:
