@@ -107,13 +107,16 @@ def _print_samples(config: TrainConfig) -> None:
     if not (config.log.sample_prompts and config.checkpoint.export_hf):
         return
     from rich.console import Console
+    from rich.text import Text
 
     from xtuner.engine.generate import Generator
 
-    texts = Generator(config.run_dir / "hf").generate(list(config.log.sample_prompts), max_new_tokens=64)
+    generator = Generator(config.run_dir / "hf")
+    # Greedy text of a small model runs in circles.
+    texts = generator.generate(list(config.log.sample_prompts), max_new_tokens=64, temperature=0.8, top_p=0.95)
     console = Console(highlight=False)
     for prompt, text in zip(config.log.sample_prompts, texts, strict=True):
-        console.print(f"[dim]{prompt}[/dim]{text}", markup=True)
+        console.print(Text(prompt, style="dim") + Text(text))
 
 
 def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
