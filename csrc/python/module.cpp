@@ -1,85 +1,12 @@
 // xtuner._C: the core's functions under their own names. Every call checks its arguments, then runs without the GIL.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind.h"
 #include "tensor_caster.h"
 #include "xtuner/build_info.h"
-#include "xtuner/ops/gemm_k_grouped.h"
-#include "xtuner/ops/gemm_m_grouped.h"
-#include "xtuner/ops/permute.h"
-#include "xtuner/ops/route_map.h"
-#include "xtuner/ops/swiglu.h"
-#include "xtuner/ops/unpermute.h"
 
 namespace xt::python {
 namespace {
-
-Stream stream_of(const Arg& first, int num_threads) { return {first.stream(), num_threads}; }
-
-void route_map(py::handle topk_idx, int64_t align, py::handle counts, py::handle offsets, py::handle row_of,
-               py::handle src, int num_threads) {
-  const char* op = "route_map";
-  Arg i(op, "topk_idx", topk_idx), c(op, "counts", counts), o(op, "offsets", offsets), r(op, "row_of", row_of),
-      s(op, "src", src);
-  py::gil_scoped_release nogil;
-  xt::route_map(*i, align, *c, *o, *r, *s, stream_of(i, num_threads));
-}
-
-void permute(py::handle x, py::handle src, int64_t num_experts_per_tok, py::handle out, int num_threads) {
-  const char* op = "permute";
-  Arg a(op, "x", x), s(op, "src", src), o(op, "out", out);
-  py::gil_scoped_release nogil;
-  xt::permute(*a, *s, num_experts_per_tok, *o, stream_of(a, num_threads));
-}
-
-void unpermute(py::handle y, py::handle row_of, py::handle probs, py::handle out, int num_threads) {
-  const char* op = "unpermute";
-  Arg a(op, "y", y), r(op, "row_of", row_of), o(op, "out", out);
-  OptionalArg p(op, "probs", probs);
-  py::gil_scoped_release nogil;
-  xt::unpermute(*a, *r, p.get(), *o, stream_of(a, num_threads));
-}
-
-void unpermute_bwd(py::handle dout, py::handle y, py::handle src, py::handle row_of, py::handle probs, py::handle dy,
-                   py::handle dprobs, int num_threads) {
-  const char* op = "unpermute_bwd";
-  Arg a(op, "dout", dout), s(op, "src", src), r(op, "row_of", row_of), d(op, "dy", dy);
-  OptionalArg rows(op, "y", y), p(op, "probs", probs), dp(op, "dprobs", dprobs);
-  py::gil_scoped_release nogil;
-  xt::unpermute_bwd(*a, rows.get(), *s, *r, p.get(), *d, dp.get(), stream_of(a, num_threads));
-}
-
-void gemm_m_grouped(py::handle a, py::handle b, py::handle offsets, bool trans_b, py::handle out, int num_threads) {
-  const char* op = "gemm_m_grouped";
-  Arg ta(op, "a", a), tb(op, "b", b), to(op, "offsets", offsets), tc(op, "out", out);
-  py::gil_scoped_release nogil;
-  xt::gemm_m_grouped(*ta, *tb, *to, trans_b, *tc, stream_of(ta, num_threads));
-}
-
-void gemm_k_grouped(py::handle a, py::handle b, py::handle offsets, double beta, py::handle out, int num_threads) {
-  const char* op = "gemm_k_grouped";
-  Arg ta(op, "a", a), tb(op, "b", b), to(op, "offsets", offsets), tc(op, "out", out);
-  py::gil_scoped_release nogil;
-  xt::gemm_k_grouped(*ta, *tb, *to, beta, *tc, stream_of(ta, num_threads));
-}
-
-void swiglu(py::handle x, py::handle offsets, double alpha, std::optional<double> limit, double up_offset,
-            py::handle out, int num_threads) {
-  const char* op = "swiglu";
-  Arg a(op, "x", x), o(op, "out", out);
-  OptionalArg off(op, "offsets", offsets);
-  py::gil_scoped_release nogil;
-  xt::swiglu(*a, off.get(), {alpha, limit, up_offset}, *o, stream_of(a, num_threads));
-}
-
-void swiglu_bwd(py::handle dout, py::handle x, py::handle offsets, double alpha, std::optional<double> limit,
-                double up_offset, py::handle dx, int num_threads) {
-  const char* op = "swiglu_bwd";
-  Arg g(op, "dout", dout), a(op, "x", x), d(op, "dx", dx);
-  OptionalArg off(op, "offsets", offsets);
-  py::gil_scoped_release nogil;
-  xt::swiglu_bwd(*g, *a, off.get(), {alpha, limit, up_offset}, *d, stream_of(g, num_threads));
-}
 
 py::dict build_info() {
   const BuildInfo info = xt::build_info();
@@ -106,17 +33,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("init_exchange", &init_exchange, "tensor_type"_a, "use_table"_a = true);
   m.def("build_info", &build_info);
   m.def("force_isa", &force_isa, "name"_a);
-  m.def("route_map", &route_map, "topk_idx"_a, "align"_a, "counts"_a, "offsets"_a, "row_of"_a, "src"_a,
-        "num_threads"_a);
-  m.def("permute", &permute, "x"_a, "src"_a, "num_experts_per_tok"_a, "out"_a, "num_threads"_a);
-  m.def("unpermute", &unpermute, "y"_a, "row_of"_a, "probs"_a, "out"_a, "num_threads"_a);
-  m.def("unpermute_bwd", &unpermute_bwd, "dout"_a, "y"_a, "src"_a, "row_of"_a, "probs"_a, "dy"_a, "dprobs"_a,
-        "num_threads"_a);
-  m.def("gemm_m_grouped", &gemm_m_grouped, "a"_a, "b"_a, "offsets"_a, "trans_b"_a, "out"_a, "num_threads"_a);
-  m.def("gemm_k_grouped", &gemm_k_grouped, "a"_a, "b"_a, "offsets"_a, "beta"_a, "out"_a, "num_threads"_a);
-  m.def("swiglu", &swiglu, "x"_a, "offsets"_a, "alpha"_a, "limit"_a, "up_offset"_a, "out"_a, "num_threads"_a);
-  m.def("swiglu_bwd", &swiglu_bwd, "dout"_a, "x"_a, "offsets"_a, "alpha"_a, "limit"_a, "up_offset"_a, "dx"_a,
-        "num_threads"_a);
+  bind_moe(m);
 }
 
 }  // namespace xt::python

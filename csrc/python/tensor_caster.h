@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "xtuner/dlpack_abi.h"
+#include "xtuner/stream.h"
 #include "xtuner/tensor.h"
 
 namespace xt::python {
@@ -122,5 +123,8 @@ class OptionalArg {
  private:
   std::optional<Arg> arg_;
 };
+
+// The stream of the first argument's device, and the CPU threads a kernel may use.
+inline Stream stream_of(const Arg& first, int num_threads) { return {first.stream(), num_threads}; }
 
 }  // namespace xt::python

@@ -1,0 +1,9 @@
+// One function per family of ops, each in its own file, adds that family to the module.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace xt::python {
+
+void bind_moe(pybind11::module_& m);
+
+}  // namespace xt::python
