@@ -29,9 +29,8 @@ inline const std::vector<int64_t> odd_sizes = {1, 5, 15, 16, 17, 127, 128, 129};
 // Owned fp32 or bf16 memory, read and written as double.
 class Array {
  public:
-  Array(DType dtype, Shape shape) : dtype_(dtype), shape_(std::move(shape)), bytes_(count() * size_of(dtype)) {
-    fill(std::nan(""));  // an output that is not written, or a value that must not be read, shows up
-  }
+  // All bits set, which is NaN: an output that is not written, or a value that must not be read, shows up.
+  Array(DType dtype, Shape shape) : dtype_(dtype), shape_(std::move(shape)), bytes_(count() * size_of(dtype), 0xff) {}
 
   int64_t count() const {
     int64_t n = 1;
@@ -105,6 +104,64 @@ inline std::vector<int64_t> random_rows(Rng& rng, int64_t num_experts) {
       for (int64_t& n : rows) n = rng() % 3 == 0 ? 0 : pick(rng, {1, 2, 5, 6, 7, 12, 15, 16, 17, 33, 129});
   }
   return rows;
+}
+
+// How a fuzz case spreads its rows over the experts.
+enum class Load { empty, one_hot, random };
+
+// Row counts of E experts that take `total` rows together (none when empty); a random load leaves some experts empty.
+inline std::vector<int64_t> rows_of_load(Rng& rng, Load load, int64_t num_experts, int64_t total) {
+  std::vector<int64_t> rows(num_experts, 0);
+  if (load == Load::empty || num_experts == 0) return rows;
+  if (load == Load::one_hot) {
+    rows[rng() % num_experts] = total;
+    return rows;
+  }
+  const int64_t groups = 1 + static_cast<int64_t>(rng() % num_experts);  // the experts that may have rows
+  for (int64_t i = 0; i < total; ++i) ++rows[rng() % groups];
+  std::shuffle(rows.begin(), rows.end(), rng);
+  return rows;
+}
+
+// Experts of T x K choices: all dropped when empty; a random load drops some.
+template <class Index>
+std::vector<Index> topk_of_load(Rng& rng, Load load, int64_t t, int64_t k, int64_t num_experts) {
+  std::vector<Index> idx(t * k, -1);
+  if (load == Load::empty || num_experts == 0) return idx;
+  const Index hot = static_cast<Index>(rng() % num_experts);
+  for (Index& i : idx) {
+    if (load == Load::one_hot) i = hot;
+    if (load == Load::random && rng() % 8) i = static_cast<Index>(rng() % num_experts);
+  }
+  return idx;
+}
+
+struct FuzzCase {
+  std::vector<int64_t> sizes;
+  Load load;
+  DType dtype;
+};
+
+// Runs body on cases in which every one of num_sizes sizes takes each value below with every load and data type.
+inline void fuzz(int num_sizes, Rng& rng, const std::function<void(const FuzzCase&)>& body) {
+  static const std::vector<int64_t> values = {0, 1, 2, 7, 8, 127, 128, 129, 768};
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    for (Load load : {Load::empty, Load::one_hot, Load::random}) {
+      std::vector<std::vector<int64_t>> columns(num_sizes, values);
+      for (auto& column : columns) std::shuffle(column.begin(), column.end(), rng);
+      for (size_t i = 0; i < values.size(); ++i) {
+        FuzzCase c{{}, load, dtype};
+        std::string text = dtype == DType::bf16 ? "bf16" : "f32";
+        text += load == Load::empty ? ", empty, sizes" : load == Load::one_hot ? ", one hot, sizes" : ", random, sizes";
+        for (const auto& column : columns) {
+          c.sizes.push_back(column[i]);
+          text += " " + std::to_string(column[i]);
+        }
+        SCOPED_TRACE(text);
+        body(c);
+      }
+    }
+  }
 }
 
 // Runs body once per instruction set of this machine.

@@ -25,14 +25,17 @@ Routing run(const std::vector<Index>& idx, int64_t t, int64_t k, int64_t e, int6
 template <class Index>
 Routing reference(const std::vector<Index>& idx, int64_t e_count, int64_t r, int64_t align) {
   Routing m{std::vector<int32_t>(e_count), std::vector<int32_t>(idx.size(), -1), std::vector<int32_t>(r, -1), {0}};
+  std::vector<std::vector<int32_t>> choices(e_count);
+  for (size_t i = 0; i < idx.size(); ++i) {
+    if (idx[i] >= 0) choices[idx[i]].push_back(static_cast<int32_t>(i));
+  }
   for (int64_t e = 0; e < e_count; ++e) {
     int64_t row = m.offsets[e];
-    for (size_t i = 0; i < idx.size(); ++i) {
-      if (idx[i] != e) continue;
+    for (int32_t i : choices[e]) {
       m.row_of[i] = static_cast<int32_t>(row);
-      m.src[row++] = static_cast<int32_t>(i);
-      ++m.counts[e];
+      m.src[row++] = i;
     }
+    m.counts[e] = static_cast<int32_t>(choices[e].size());
     m.offsets.push_back((row + align - 1) / align * align);
   }
   return m;
@@ -58,6 +61,19 @@ void check_random(unsigned seed) {
 
 TEST(RouteMap, MatchesReferenceInt32) { check_random<int32_t>(1); }
 TEST(RouteMap, MatchesReferenceInt64) { check_random<int64_t>(2); }
+
+TEST(RouteMap, Fuzz) {
+  Rng rng(3);
+  fuzz(3, rng, [&](const FuzzCase& c) {
+    const int64_t t = c.sizes[0], k = c.sizes[1], e = c.sizes[2];
+    const int64_t align = pick(rng, {1, 7, 128}), r = t * k + e * (align - 1) + pick(rng, {0, 1, 8});
+    const auto idx = topk_of_load<int32_t>(rng, c.load, t, k, e);
+    const Routing wanted = reference(idx, e, r, align);
+    for (int threads : {1, 2, 3, 8}) {
+      EXPECT_TRUE(run(idx, t, k, e, r, align, threads) == wanted) << "align=" << align << " threads=" << threads;
+    }
+  });
+}
 
 TEST(RouteMap, NamesTheFirstBadIndexWhateverTheThreadCount) {
   std::vector<int64_t> idx(20000, 1);
