@@ -13,12 +13,18 @@ import xtuner
 from xtuner import _C, ops
 
 
-def call_permute(x, src, out, k=1):
-    _C.permute(x, src, k, out, 2)
+def call_permute(x, row_of, src, out):
+    _C.permute(x, row_of, src, out, 2)
+
+
+def maps(*src):
+    """One choice per token: row_of and its inverse."""
+    row_of = [[src.index(t) if t in src else -1] for t in range(3)]
+    return torch.tensor(row_of, dtype=torch.int32), torch.tensor(src, dtype=torch.int32)
 
 
 def good_arguments():
-    return torch.arange(12.0).view(3, 4), torch.tensor([2, -1, 0], dtype=torch.int32), torch.empty(3, 4)
+    return torch.arange(12.0).view(3, 4), *maps(2, -1, 0), torch.empty(3, 4)
 
 
 @pytest.fixture
@@ -42,25 +48,25 @@ def test_build_info():
 
 
 def test_a_kernel_before_init_exchange_is_refused():
-    code = "from xtuner import _C; _C.permute(1, 2, 1, 3, 1)"
+    code = "from xtuner import _C; _C.permute(1, 2, 3, 4, 1)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "Error: call _C.init_exchange(torch.Tensor) before any kernel" in result.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_capsules_and_table_agree(capsule_path, dtype):
-    x, src, out = good_arguments()
+    x, row_of, src, out = good_arguments()
     x, out = x.to(dtype).requires_grad_(), out.to(dtype)
-    call_permute(x, src, out)
+    call_permute(x, row_of, src, out)
     assert torch.equal(out, torch.stack([x[2], torch.zeros(4), x[0]]).to(dtype))
     with pytest.raises(_C.Error, match=r"permute: src must be int32 \[R\], got float32 \[3\] on cpu"):
-        call_permute(x, torch.zeros(3), out)
+        call_permute(x, row_of, torch.zeros(3), out)
 
 
 def test_views_with_an_offset_cross():
     x = torch.arange(24.0).view(6, 4)[2:5]
     out = torch.full((5, 4), -1.0)
-    call_permute(x, torch.tensor([2, -1, 0], dtype=torch.int32), out[1:4])
+    call_permute(x, *maps(2, -1, 0), out[1:4])
     assert out.tolist() == [[-1] * 4, x[2].tolist(), [0] * 4, x[0].tolist(), [-1] * 4]
 
 
@@ -71,10 +77,11 @@ def test_views_with_an_offset_cross():
         (0, torch.zeros(4, 3).t(), r"permute: x must be contiguous, got float32 \[3, 4\] on cpu, strides \(1, 3\)"),
         (0, torch.zeros(3, 4, dtype=torch.float16), r"x must be float32 or bfloat16 \[T, H\], got unsupported dtype"),
         (0, torch.zeros(1, 1, 1, 3, 4), r"permute: x must have at most 4 dims, got 5"),
-        (1, torch.zeros(3, dtype=torch.int64), r"permute: src must be int32 \[R\], got int64 \[3\] on cpu"),
-        (1, torch.tensor([0, 3, 0], dtype=torch.int32), r"permute: src\[1\] must be in \[-1, T\*K=3\), got 3"),
-        (2, torch.zeros(3, 5), r"permute: out must be float32 \[R=3, H=4\], got float32 \[3, 5\] on cpu"),
-        (2, None, r"permute: out must be a torch.Tensor, got NoneType"),
+        (1, torch.zeros(2, 1, dtype=torch.int32), r"row_of must be int32 \[T=3, K\], got int32 \[2, 1\] on cpu"),
+        (2, torch.zeros(3, dtype=torch.int64), r"permute: src must be int32 \[R\], got int64 \[3\] on cpu"),
+        (2, torch.tensor([2, 3, 0], dtype=torch.int32), r"permute: src\[1\] must be in \[-1, T\*K=3\), got 3"),
+        (3, torch.zeros(3, 5), r"permute: out must be float32 \[R=3, H=4\], got float32 \[3, 5\] on cpu"),
+        (3, None, r"permute: out must be a torch.Tensor, got NoneType"),
     ],
 )
 def test_a_bad_argument_is_named(place, value, message):
@@ -86,9 +93,9 @@ def test_a_bad_argument_is_named(place, value, message):
 
 
 def test_a_tensor_without_memory_is_refused():
-    x, src, out = good_arguments()
+    x, row_of, src, out = good_arguments()
     with pytest.raises(Exception, match="meta|memory"):
-        call_permute(x.to("meta"), src, out)
+        call_permute(x.to("meta"), row_of, src, out)
 
 
 def test_every_isa_gives_the_same_within_rounding():

@@ -24,8 +24,8 @@ def route_map(
 ) -> None:
     """topk_idx i32|i64[T,K] (-1 drops) -> counts i32[E], offsets i64[E+1], row_of i32[T,K], src i32[R]."""
 
-def permute(x: Tensor, src: Tensor, num_experts_per_tok: int, out: Tensor, num_threads: int) -> None:
-    """out[r] = x[src[r] // num_experts_per_tok], zero where src[r] == -1."""
+def permute(x: Tensor, row_of: Tensor, src: Tensor, out: Tensor, num_threads: int) -> None:
+    """out[row_of[t,k]] = x[t], zero where src[r] == -1; row_of and src are each other's inverse."""
 
 def unpermute(y: Tensor, row_of: Tensor, probs: Tensor | None, out: Tensor, num_threads: int) -> None:
     """out[t] = sum_k probs[t,k] * y[row_of[t,k]] in fp32 and k order; probs f32[T,K]."""

@@ -8,7 +8,7 @@ namespace xt::cpu {
 
 void route_map(const Tensor& topk_idx, int64_t align, const Tensor& counts, const Tensor& offsets,
                const Tensor& row_of, const Tensor& src, int num_threads);
-void permute(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& out, int num_threads);
+void permute(const Tensor& x, const Tensor& row_of, const Tensor& src, const Tensor& out, int num_threads);
 void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const Tensor& out, int num_threads);
 void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const Tensor& row_of, const Tensor* probs,
                    const Tensor& dy, const Tensor* dprobs, int num_threads);

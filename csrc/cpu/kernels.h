@@ -29,6 +29,7 @@ struct UnpermuteRows {
   const void* dout;  // backward [T, H]
   void* dy;  // backward [R, H]
   float* dprobs;  // backward [T, K] or null
+  bool stream;  // write out or dy past the cache; needs 64-byte aligned rows
 };
 
 // Kernels for rows [begin, end) (tokens, for unpermute).

@@ -22,11 +22,11 @@ void route_map(py::handle topk_idx, int64_t align, py::handle counts, py::handle
   xt::route_map(*i, align, *c, *o, *r, *s, stream_of(i, num_threads));
 }
 
-void permute(py::handle x, py::handle src, int64_t num_experts_per_tok, py::handle out, int num_threads) {
+void permute(py::handle x, py::handle row_of, py::handle src, py::handle out, int num_threads) {
   const char* op = "permute";
-  Arg a(op, "x", x), s(op, "src", src), o(op, "out", out);
+  Arg a(op, "x", x), r(op, "row_of", row_of), s(op, "src", src), o(op, "out", out);
   py::gil_scoped_release nogil;
-  xt::permute(*a, *s, num_experts_per_tok, *o, stream_of(a, num_threads));
+  xt::permute(*a, *r, *s, *o, stream_of(a, num_threads));
 }
 
 void unpermute(py::handle y, py::handle row_of, py::handle probs, py::handle out, int num_threads) {
@@ -84,7 +84,7 @@ void bind_moe(py::module_& m) {
   using namespace py::literals;
   m.def("route_map", &route_map, "topk_idx"_a, "align"_a, "counts"_a, "offsets"_a, "row_of"_a, "src"_a,
         "num_threads"_a);
-  m.def("permute", &permute, "x"_a, "src"_a, "num_experts_per_tok"_a, "out"_a, "num_threads"_a);
+  m.def("permute", &permute, "x"_a, "row_of"_a, "src"_a, "out"_a, "num_threads"_a);
   m.def("unpermute", &unpermute, "y"_a, "row_of"_a, "probs"_a, "out"_a, "num_threads"_a);
   m.def("unpermute_bwd", &unpermute_bwd, "dout"_a, "y"_a, "src"_a, "row_of"_a, "probs"_a, "dy"_a, "dprobs"_a,
         "num_threads"_a);

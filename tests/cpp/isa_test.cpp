@@ -54,6 +54,27 @@ TEST(Bf16, RoundingOfAllISAsAroundAllCodes) {
   });
 }
 
+// The same through pairs, whole vectors and parts of one: rows of 1 x value.
+TEST(Bf16, RoundingOfRows) {
+  std::vector<float> values;
+  for (uint32_t code = 0; code < 65536; code += 5) {
+    for (uint32_t low : {0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) values.push_back(float_of(code << 16 | low));
+  }
+  const int64_t n = static_cast<int64_t>(values.size()), h = 121;
+  std::vector<int32_t> map(n);
+  std::iota(map.begin(), map.end(), 0);
+  const std::vector<bf16_t> ones(n * h, narrow(1.0f));
+  const Tensor dout(ones.data(), DType::bf16, {n, h}), probs = view(values, {n, 1});
+  for_each_isa([&] {
+    std::vector<bf16_t> dy(n * h);
+    unpermute_bwd(dout, nullptr, view(map, {n}), view(map, {n, 1}), &probs, Tensor(dy.data(), DType::bf16, {n, h}),
+                  nullptr, {});
+    for (int64_t i = 0; i < n * h; ++i) {
+      if (dy[i] != nearest(values[i / h])) ADD_FAILURE() << std::hex << bits_of(values[i / h]) << " column " << i % h;
+    }
+  });
+}
+
 // All codes through the vector loads and stores of unpermute (one expert, weight 1).
 TEST(Bf16, VectorRoundTripOfAllCodes) {
   std::vector<bf16_t> in(65536), out(65536);

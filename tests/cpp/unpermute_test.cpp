@@ -1,126 +1,138 @@
 #include "xtuner/ops/unpermute.h"
 
+#include "cpu/cache.h"
+#include "cpu/kernels.h"
 #include "helpers.h"
+#include "routing.h"
 
 namespace xt::test {
 namespace {
 
-// A random routing: each choice has a row of its own or is dropped; some rows belong to nobody.
-struct Case {
-  int64_t t, k, h, r;
-  std::vector<int32_t> row_of, src;
-  std::vector<float> probs;
-
-  Case(Rng& rng, int64_t tokens, int64_t choices, int64_t hidden) : t(tokens), k(choices), h(hidden), r(t * k + 4) {
-    src.assign(r, -1);
-    for (int64_t i = 0; i < t * k; ++i) src[i] = rng() % 6 == 0 ? -1 : static_cast<int32_t>(i);
-    std::shuffle(src.begin(), src.end(), rng);
-    row_of.assign(t * k, -1);
-    for (int64_t row = 0; row < r; ++row) {
-      if (src[row] >= 0) row_of[src[row]] = static_cast<int32_t>(row);
-    }
-    for (int64_t i = 0; i < t * k; ++i) probs.push_back(static_cast<float>(rng() % 1000) / 500 - 1);
-  }
-
-  // Rows that nobody may read stay NaN.
-  Array rows(DType dtype, Rng& rng) const {
-    Array y(dtype, {r, h});
-    std::normal_distribution<double> normal;
-    for (int64_t i = 0; i < r * h; ++i) {
-      if (src[i / h] >= 0) y.set(i, normal(rng));
-    }
-    return y;
-  }
-};
-
-void check_forward(const Case& c, DType dtype, bool weighted, Rng& rng) {
-  const Array y = c.rows(dtype, rng);
-  const Tensor probs = view(c.probs, {c.t, c.k});
+void check_forward(const RandomRouting& m, DType dtype, int64_t h, bool weighted, Rng& rng) {
+  const Array y = m.rows(dtype, h, rng);
+  const Tensor probs = m.probs_view();
   const auto run = [&](int threads, Array& out) {
-    unpermute(y.view(), view(c.row_of, {c.t, c.k}), weighted ? &probs : nullptr, out.view(), {nullptr, threads});
+    unpermute(y.view(), m.row_of_view(), weighted ? &probs : nullptr, out.view(), {nullptr, threads});
   };
-  Array out(dtype, {c.t, c.h});
+  Array out(dtype, {m.t, h});
   run(1, out);
-  for (int64_t i = 0; i < c.t * c.h; ++i) {
+  for (int64_t i = 0; i < m.t * h; ++i) {
     double sum = 0, size = 0;
-    for (int64_t k = 0; k < c.k; ++k) {
-      const int64_t choice = i / c.h * c.k + k, row = c.row_of[choice];
+    for (int64_t k = 0; k < m.k; ++k) {
+      const int64_t choice = i / h * m.k + k, row = m.row_of[choice];
       if (row < 0) continue;
-      const double term = (weighted ? c.probs[choice] : 1.0) * y[row * c.h + i % c.h];
+      const double term = (weighted ? m.probs[choice] : 1.0) * y[row * h + i % h];
       sum += term;
       size += std::fabs(term);
     }
-    ASSERT_NEAR(out[i], sum, size * c.k * 1.2e-7 + out.rounding(sum)) << "token " << i / c.h << " H=" << c.h;
+    ASSERT_NEAR(out[i], sum, size * m.k * 1.2e-7 + out.rounding(sum)) << "token " << i / h << " H=" << h;
   }
-  expect_same_bits(Array(dtype, {c.t, c.h}), run);
+  expect_same_bits(Array(dtype, {m.t, h}), run);
 }
 
-void check_backward(const Case& c, DType dtype, bool weighted, bool want_dprobs, Rng& rng) {
-  const Array y = c.rows(dtype, rng), dout = Array(dtype, {c.t, c.h}).randomise(rng);
-  const Tensor probs = view(c.probs, {c.t, c.k}), ty = y.view();
+void check_backward(const RandomRouting& m, DType dtype, int64_t h, bool weighted, bool want_dprobs, Rng& rng) {
+  const Array y = m.rows(dtype, h, rng), dout = Array(dtype, {m.t, h}).randomise(rng);
+  const Tensor probs = m.probs_view(), ty = y.view();
   std::vector<float> first;
   const auto run = [&](int threads, Array& dy) {
-    std::vector<float> dprobs(c.t * c.k, NAN);
-    const Tensor tdp = view(dprobs, {c.t, c.k});
-    unpermute_bwd(dout.view(), want_dprobs ? &ty : nullptr, view(c.src, {c.r}), view(c.row_of, {c.t, c.k}),
+    std::vector<float> dprobs(m.t * m.k, NAN);
+    const Tensor tdp = view(dprobs, {m.t, m.k});
+    unpermute_bwd(dout.view(), want_dprobs ? &ty : nullptr, m.src_view(), m.row_of_view(),
                   weighted ? &probs : nullptr, dy.view(), want_dprobs ? &tdp : nullptr, {nullptr, threads});
     if (!want_dprobs) return;
     if (threads == 1) first = dprobs;
     EXPECT_EQ(dprobs, first) << threads << " threads";
   };
-  Array dy(dtype, {c.r, c.h});
+  Array dy(dtype, {m.r, h});
   run(1, dy);
-  for (int64_t i = 0; i < c.r * c.h; ++i) {
-    const int64_t choice = c.src[i / c.h];
-    const double wanted =
-        choice < 0 ? 0.0 : (weighted ? c.probs[choice] : 1.0) * dout[choice / c.k * c.h + i % c.h];
-    ASSERT_NEAR(dy[i], wanted, dy.rounding(wanted)) << "row " << i / c.h;
+  for (int64_t i = 0; i < m.r * h; ++i) {
+    const int64_t choice = m.src[i / h];
+    const double wanted = choice < 0 ? 0.0 : (weighted ? m.probs[choice] : 1.0) * dout[choice / m.k * h + i % h];
+    ASSERT_NEAR(dy[i], wanted, dy.rounding(wanted)) << "row " << i / h;
   }
-  for (int64_t i = 0; want_dprobs && i < c.t * c.k; ++i) {
+  for (int64_t i = 0; want_dprobs && i < m.t * m.k; ++i) {
     double sum = 0, size = 0;
-    for (int64_t j = 0; c.row_of[i] >= 0 && j < c.h; ++j) {
-      const double term = dout[i / c.k * c.h + j] * y[c.row_of[i] * c.h + j];
+    for (int64_t j = 0; m.row_of[i] >= 0 && j < h; ++j) {
+      const double term = dout[i / m.k * h + j] * y[m.row_of[i] * h + j];
       sum += term;
       size += std::fabs(term);
     }
     ASSERT_NEAR(first[i], sum, size * 1e-6) << "choice " << i;
   }
-  expect_same_bits(Array(dtype, {c.r, c.h}), run);
+  expect_same_bits(Array(dtype, {m.r, h}), run);
 }
 
-TEST(Unpermute, MatchesReference) {
+TEST(Unpermute, Fuzz) {
   Rng rng(1);
   for_each_isa([&] {
+    fuzz(2, rng, [&](const FuzzCase& c) {
+      const RandomRouting m(rng, c.sizes[0], c.sizes[0] > 200 ? 2 : pick(rng, {0, 1, 3, 8}), c.load);
+      const bool weighted = rng() % 2;
+      check_forward(m, c.dtype, c.sizes[1], weighted, rng);
+      check_backward(m, c.dtype, c.sizes[1], weighted, rng() % 2, rng);
+    });
+  });
+}
+
+struct alignas(64) Line {
+  unsigned char bytes[64];
+};
+
+// The kernels for large outputs, on small ones: rows of one, two and many cache lines.
+TEST(Unpermute, StreamingGivesTheSameBits) {
+  Rng rng(2);
+  for_each_isa([&] {
     for (DType dtype : {DType::f32, DType::bf16}) {
-      for (int64_t h : odd_sizes) {
-        const Case c(rng, pick(rng, {0, 1, 40, 130}), pick(rng, {1, 2, 3, 8}), h);
-        for (bool weighted : {true, false}) {
-          check_forward(c, dtype, weighted, rng);
-          for (bool want_dprobs : {true, false}) check_backward(c, dtype, weighted, want_dprobs, rng);
+      for (int64_t lines : {1, 2, 3, 7, 8, 48}) {
+        const int64_t h = lines * 64 / size_of(dtype);
+        const RandomRouting m(rng, 9, 3, Load::random);
+        const Array y = m.rows(dtype, h, rng), dout = Array(dtype, {m.t, h}).randomise(rng);
+        const auto run = [&](bool stream, bool weighted, bool want_dprobs) {
+          std::vector<Line> out(m.t * lines), dy(m.r * lines);
+          std::vector<float> dprobs(m.t * m.k);
+          const cpu::UnpermuteRows a = {dtype, h, m.k, m.row_of.data(), weighted ? m.probs.data() : nullptr,
+                                        y.view().data, out.data(), dout.view().data, dy.data(),
+                                        want_dprobs ? dprobs.data() : nullptr, stream};
+          cpu::kernels().unpermute(a, 0, m.t);
+          cpu::kernels().unpermute_bwd(a, 0, m.t);
+          std::string bits(reinterpret_cast<const char*>(out.data()), out.size() * 64);
+          bits.append(reinterpret_cast<const char*>(dy.data()), dy.size() * 64);
+          return bits.append(reinterpret_cast<const char*>(dprobs.data()), dprobs.size() * 4);
+        };
+        for (bool weighted : {false, true}) {
+          for (bool want_dprobs : {false, true}) {
+            EXPECT_EQ(run(true, weighted, want_dprobs), run(false, weighted, want_dprobs)) << lines << " lines";
+          }
         }
       }
-      const Case none(rng, 5, 0, 16);  // no choices: zeros
-      check_forward(none, dtype, true, rng);
-      check_backward(none, dtype, true, true, rng);
     }
   });
 }
 
+TEST(Unpermute, StreamsLargeAlignedOutputsOnly) {
+  static Line memory[2];
+  const int64_t rows = cpu::last_level_cache() / 2 / 64;
+  EXPECT_TRUE(cpu::worth_streaming(Tensor(memory, DType::f32, {rows, 16})));
+  EXPECT_FALSE(cpu::worth_streaming(Tensor(memory, DType::f32, {rows - 1, 16})));
+  EXPECT_FALSE(cpu::worth_streaming(Tensor(memory, DType::f32, {rows, 17})));
+  EXPECT_FALSE(cpu::worth_streaming(Tensor(memory[0].bytes + 32, DType::f32, {rows, 16})));
+}
+
 TEST(Unpermute, NamesBadArguments) {
-  Rng rng(2);
-  Case c(rng, 4, 2, 8);
-  const Array y(DType::f32, {c.r, 8}), out(DType::f32, {4, 8});
-  const auto forward = [&] { unpermute(y.view(), view(c.row_of, {4, 2}), nullptr, out.view(), {}); };
+  Rng rng(3);
+  RandomRouting m(rng, 4, 2, Load::one_hot);
+  const Array y(DType::f32, {m.r, 8}), out(DType::f32, {4, 8});
+  const auto forward = [&] { unpermute(y.view(), m.row_of_view(), nullptr, out.view(), {}); };
   const auto backward = [&](bool dprobs) {
-    const Tensor dp = view(c.probs, {4, 2});
-    unpermute_bwd(out.view(), nullptr, view(c.src, {c.r}), view(c.row_of, {4, 2}), nullptr, y.view(), dprobs ? &dp : nullptr, {});
+    const Tensor dp = m.probs_view();
+    unpermute_bwd(out.view(), nullptr, m.src_view(), m.row_of_view(), nullptr, y.view(), dprobs ? &dp : nullptr, {});
   };
   expect_error([&] { backward(true); }, "unpermute_bwd: dprobs needs y, got none");
-  const std::vector<int32_t> good = c.row_of;
-  c.row_of[3] = 12;
+  const std::vector<int32_t> good = m.row_of;
+  m.row_of[3] = 12;
   expect_error(forward, "unpermute: row_of[1, 1] must be in [-1, R=12), got 12");
-  c.row_of = good;
-  c.row_of[0] = c.row_of[1] = 3;
+  m.row_of = good;
+  m.row_of[0] = m.row_of[1] = 3;
   expect_error([&] { backward(false); }, "src and row_of must be each other's inverse, but row_of[0, ");
   const Tensor half = Tensor(y.view().data, DType::f32, {2, 4});
   expect_error([&] { unpermute(y.view(), view(good, {4, 2}), &half, out.view(), {}); },

@@ -36,6 +36,16 @@ struct Wide {
   void store(bf16_t* p, int n = width) const {
     for (int i = 0; i < n; ++i) p[i] = narrow(v[i]);
   }
+  static void load_pair(const bf16_t* p, Wide& even, Wide& odd) {
+    even = each([&](int i) { return widen(p[2 * i]); });
+    odd = each([&](int i) { return widen(p[2 * i + 1]); });
+  }
+  static void store_pair(bf16_t* p, Wide even, Wide odd) {
+    for (int i = 0; i < width; ++i) p[2 * i] = narrow(even.v[i]), p[2 * i + 1] = narrow(odd.v[i]);
+  }
+  void stream(float* p) const { store(p); }
+  static void stream_pair(bf16_t* p, Wide even, Wide odd) { store_pair(p, even, odd); }
+  static void fence() {}
   template <class T>
   static void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
     for (int i = 0; i < block; ++i) {
@@ -129,7 +139,7 @@ TEST(Wide, SwigluAndUnpermute) {
     const float probs[2] = {0.25f, -3.0f};
     float dprobs[2];
     UnpermuteRows u = {DType::f32,       n,       2, row_of, probs, y.view().data, mixed.view().data, dout.view().data,
-                       dy.view().data, dprobs};
+                       dy.view().data, dprobs, false};
     unpermute_tokens<Wide>(u, 0, 1);
     unpermute_bwd_tokens<Wide>(u, 0, 1);
     double dots[2] = {0, 0};

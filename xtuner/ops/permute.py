@@ -10,11 +10,11 @@ from xtuner.ops._lib import autograd, define
 
 
 def permute(x: Tensor, row_of: Tensor, src: Tensor) -> Tensor:
-    """out[r] = x[src[r] // K]; rows nothing maps to are zero.
+    """out[row_of[t, k]] = x[t]; rows nothing maps to are zero.
 
     Args:
         x: float32 or bfloat16 [T, H].
-        row_of, src: int32 [T, K] and [R], from `route_map`.
+        row_of, src: int32 [T, K] and [R], each other's inverse, from `route_map`.
 
     Returns:
         [R, H] in the dtype of x.
@@ -28,7 +28,7 @@ def _fake(x: Tensor, row_of: Tensor, src: Tensor) -> Tensor:
 
 def _permute(x: Tensor, row_of: Tensor, src: Tensor) -> Tensor:
     out = _fake(x, row_of, src)
-    _C.permute(x, src, row_of.shape[1], out, torch.get_num_threads())
+    _C.permute(x, row_of, src, out, torch.get_num_threads())
     return out
 
 

@@ -28,16 +28,18 @@ struct Vec {
     return load(t);
   }
   XT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  XT_INLINE void store(bf16_t* p) const {
+  // Rounded to bf16 in the upper half of each element; the lower half holds anything.
+  XT_INLINE __m256i rounded() const {
     const __m256i bits = _mm256_castps_si256(v);
-    const __m256i high = _mm256_srli_epi32(bits, 16);
-    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i quiet_nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i result = _mm256_blendv_epi8(rounded, quiet_nan, is_nan);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
+    return _mm256_blendv_epi8(sum, quiet_nan, is_nan);
+  }
+  XT_INLINE void store(bf16_t* p) const {
+    const __m256i high = _mm256_srli_epi32(rounded(), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
   template <class T>
@@ -46,6 +48,24 @@ struct Vec {
     store(t);
     for (int i = 0; i < n; ++i) p[i] = t[i];
   }
+  // 2 * width elements, the even ones in `even`: cheaper than load() where the order within them does not matter.
+  static XT_INLINE void load_pair(const bf16_t* p, Vec& even, Vec& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static XT_INLINE __m256i narrow_pair(Vec even, Vec odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(even.rounded(), 16), odd.rounded(), 0xaa);
+  }
+  static XT_INLINE void store_pair(bf16_t* p, Vec even, Vec odd) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(even, odd));
+  }
+  // stream: past the cache, to memory aligned to the vector; seen by other threads after fence().
+  XT_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  static XT_INLINE void stream_pair(bf16_t* p, Vec even, Vec odd) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(even, odd));
+  }
+  static XT_INLINE void fence() { _mm_sfence(); }
   // to[j * to_row + i] = from[i * from_row + j] for i, j < block
   template <class T>
   static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {

@@ -17,15 +17,15 @@ struct Vec {
   static XT_INLINE __m512 widen16(__m256i h) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
-  XT_INLINE __m256i narrow16() const {
+  // Rounded to bf16 in the upper half of each element; the lower half holds anything.
+  XT_INLINE __m512i rounded() const {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i high = _mm512_srli_epi32(bits, 16);
-    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    const __m512i quiet_nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet_nan));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i sum = _mm512_mask_add_epi32(half, odd, bits, _mm512_set1_epi32(0x8000));
+    return _mm512_mask_or_epi32(sum, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
   }
+  XT_INLINE __m256i narrow16() const { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(), 16)); }
 
   static XT_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
   static XT_INLINE Vec all(float f) { return {_mm512_set1_ps(f)}; }
@@ -40,6 +40,22 @@ struct Vec {
   XT_INLINE void store(bf16_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16()); }
   XT_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   XT_INLINE void store(bf16_t* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow16()); }
+  // 2 * width elements, the even ones in `even`: cheaper than load() where the order within them does not matter.
+  static XT_INLINE void load_pair(const bf16_t* p, Vec& even, Vec& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static XT_INLINE __m512i narrow_pair(Vec even, Vec odd) {
+    return _mm512_mask_mov_epi16(_mm512_srli_epi32(even.rounded(), 16), 0xaaaaaaaau, odd.rounded());
+  }
+  static XT_INLINE void store_pair(bf16_t* p, Vec even, Vec odd) { _mm512_storeu_si512(p, narrow_pair(even, odd)); }
+  // stream: past the cache, to memory aligned to the vector; seen by other threads after fence().
+  XT_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static XT_INLINE void stream_pair(bf16_t* p, Vec even, Vec odd) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(even, odd));
+  }
+  static XT_INLINE void fence() { _mm_sfence(); }
   // to[j * to_row + i] = from[i * from_row + j] for i, j < block
   template <class T>
   static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {

@@ -10,7 +10,15 @@ struct Vec {
   static constexpr int block = 4;        // of transpose()
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  static constexpr int32_t upper_half = static_cast<int32_t>(0xffff0000u);
   Floats v;
+
+  // Rounded to bf16 in the upper half of each element; the lower half holds anything.
+  XT_INLINE Bits rounded() const {
+    const Bits bits = (Bits)v, sum = bits + 0x7fffu + ((bits >> 16) & 1u), is_nan = (Bits)(v != v);
+    return (is_nan & (bits | 0x400000u)) | (~is_nan & sum);
+  }
 
   static XT_INLINE Vec zero() { return {Floats{}}; }
   static XT_INLINE Vec all(float f) { return {Floats{f, f, f, f}}; }
@@ -37,6 +45,21 @@ struct Vec {
     store(t);
     for (int i = 0; i < n; ++i) p[i] = t[i];
   }
+  // 2 * width elements, the even ones in `even`: cheaper than load() where the order within them does not matter.
+  static XT_INLINE void load_pair(const bf16_t* p, Vec& even, Vec& odd) {
+    Ints both;
+    __builtin_memcpy(&both, p, 16);
+    even.v = (Floats)(both << 16);
+    odd.v = (Floats)(both & upper_half);
+  }
+  static XT_INLINE void store_pair(bf16_t* p, Vec even, Vec odd) {
+    const Ints both = (Ints)(even.rounded() >> 16) | ((Ints)odd.rounded() & upper_half);
+    __builtin_memcpy(p, &both, 16);
+  }
+  // stream: past the cache elsewhere; the compilers have no common word for it.
+  XT_INLINE void stream(float* p) const { store(p); }
+  static XT_INLINE void stream_pair(bf16_t* p, Vec even, Vec odd) { store_pair(p, even, odd); }
+  static XT_INLINE void fence() {}
   // to[j * to_row + i] = from[i * from_row + j] for i, j < block
   template <class T>
   static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {

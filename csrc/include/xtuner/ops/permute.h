@@ -4,10 +4,12 @@
 
 namespace xt {
 
-// Copies each token to the rows of its experts: out[r] = x[src[r] / num_experts_per_tok], zero where src[r] == -1.
-//   x    f32 | bf16 [T, H]
-//   src  i32 [R]            from route_map, in [-1, T * num_experts_per_tok)
-//   out  as x [R, H]
-void permute(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& out, Stream stream);
+// Copies each token to the rows of its experts: out[row_of[t,k]] = x[t], zero where src[r] == -1.
+//   x       f32 | bf16 [T, H]
+//   row_of  i32 [T, K]     from route_map, in [-1, R); -1: dropped
+//   src     i32 [R]        the inverse of row_of: src[row_of[t,k]] == t*K + k, -1 on rows that nobody owns
+//   out     as x [R, H]
+// Errors: src and row_of are not each other's inverse (names the first entry that shows it).
+void permute(const Tensor& x, const Tensor& row_of, const Tensor& src, const Tensor& out, Stream stream);
 
 }  // namespace xt

@@ -14,7 +14,7 @@ void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const
 // Gradient of unpermute.
 //   dout    f32 | bf16 [T, H]
 //   y       as dout [R, H] or null   needed when dprobs is wanted
-//   src     i32 [R]                  the inverse of row_of: src[row_of[t,k]] == t*K + k
+//   src     i32 [R]                  the inverse of row_of: src[row_of[t,k]] == t*K + k, -1 on rows that nobody owns
 //   row_of  i32 [T, K]
 //   probs   f32 [T, K] or null
 //   dy      as dout [R, H]           out: dy[row_of[t,k]] = probs[t,k] * dout[t]; zero where src == -1
