@@ -1,10 +1,14 @@
 """A whole training step, forward + backward + AdamW: our decoder against transformers' Qwen3-MoE.
 
-    python bench/e2e.py [--dtype bfloat16 …] [--json FILE] [--profile]
+    python bench/e2e.py [--dtype bfloat16 …] [--isa avx2] [--json FILE] [--profile]
+    python bench/e2e.py --curve [--json FILE]
 
 All sides start from the same weights, see the same tokens and use the same optimizer, threads and dtype, in one
 process. They take turns step by step, so that whatever else runs on the machine disturbs all of them alike; read the
-best step where it is not idle. Losses are compared at every step.
+best step where it is not idle. Losses are compared at every step. Freed memory is kept for reuse, as in our training
+engine, so transformers gains from that too.
+
+--curve compares 50 losses on tokens that can be learned. --isa avx2 is a processor without bfloat16 instructions.
 """
 
 from __future__ import annotations
@@ -17,23 +21,30 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # Threads that spin while they wait steal the cores from whoever works; read by OpenMP when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "ops")]
 
 import torch  # noqa: E402
+from emulate import SETTINGS, run_as  # noqa: E402
+from parts import breakdown, dense_rate, print_table  # noqa: E402
+from timing import cpu_name  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import xtuner  # noqa: E402
-from xtuner.models import build_model, config_from_hf, hf_map  # noqa: E402
+from xtuner import _C  # noqa: E402
+from xtuner.models import build_model, config_from_hf, flops_per_token, hf_map  # noqa: E402
 
 # Relative; rounding is amplified by every optimizer step, so the first step is held to more.
 LOSS_TOLERANCE = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 3e-2)}
 # batched_mm copies the weights of every chosen expert for every token; above this it would not fit.
 MAX_BATCHED_BYTES = 2 << 30
+CURVE_STEPS = 50
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Side:
     seconds: list[dict[str, float]] = field(default_factory=list)
 
     def step(self, ids: Tensor) -> None:
-        cpu, start = time.process_time(), time.perf_counter()
+        faults, cpu, start = _page_faults(), time.process_time(), time.perf_counter()
         loss = self.loss(ids)
         forward = time.perf_counter()
         loss.backward()
@@ -63,11 +74,16 @@ class Side:
                 "backward": backward - forward,
                 "optimizer": end - backward,
                 "cpu": time.process_time() - cpu,
+                "page_faults": _page_faults() - faults,
             }
         )
 
     def loss(self, ids: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Ours(Side):
@@ -118,13 +134,13 @@ def make_sides(args: argparse.Namespace, dtype: torch.dtype) -> list[Side]:
     arch = config_from_hf(config.to_dict())
     ours = build_model(arch).to(dtype)
     copy_weights(first, ours, hf_map(arch))
-    sides: list[Side] = [Ours("xtuner", ours, _adamw(ours))]
+    sides: list[Side] = [Ours("xtuner", ours, _adamw(ours, args.lr))]
     for implementation in args.implementations:
         # A model keeps the config it is given and reads its implementation there, so each needs its own.
         theirs = Qwen3MoeForCausalLM(copy.deepcopy(config)).to(dtype).train()
         theirs.load_state_dict(first.state_dict())
         theirs.set_experts_implementation(implementation)
-        sides.append(Theirs(f"transformers {implementation}", theirs, _adamw(theirs)))
+        sides.append(Theirs(f"transformers {implementation}", theirs, _adamw(theirs, args.lr)))
     for side, implementation in zip(sides[1:], args.implementations, strict=True):
         in_use = side.model.model.layers[0].mlp.experts.config._experts_implementation
         if in_use != implementation:
@@ -132,8 +148,8 @@ def make_sides(args: argparse.Namespace, dtype: torch.dtype) -> list[Side]:
     return sides
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
 
 @torch.no_grad()
@@ -176,20 +192,22 @@ def summarise(side: Side, warmup: int, num_tokens: int) -> dict:
         "best_backward_s": round(best["backward"], 3),
         "best_optimizer_s": round(best["optimizer"], 3),
         "least_cpu_s": round(min(seconds["cpu"] for seconds in timed), 3),
+        "median_page_faults": statistics.median(seconds["page_faults"] for seconds in timed),
         "tokens_per_s_median": round(num_tokens / median, 1),
         "tokens_per_s_best": round(num_tokens / best["step"], 1),
-        "losses": side.losses,
+        "losses": list(side.losses),
     }
 
 
-def describe_machine() -> dict:
+def describe_machine(emulated: str) -> dict:
     import transformers
 
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "isa": xtuner.build_info()["isa"],
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "emulated": emulated,
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -197,11 +215,6 @@ def describe_machine() -> dict:
         "xtuner": xtuner.__version__,
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
     }
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.exists() else []
 
 
 def print_results(results: list[dict]) -> None:
@@ -218,10 +231,40 @@ def speedups(results: list[dict]) -> dict[str, float]:
     return {key: round(min(o[key] for o in others) / ours[key], 3) for key in ("median_s", "best_s", "least_cpu_s")}
 
 
-def profile_ours(side: Side, ids: Tensor) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        side.step(ids)
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=48))
+def share_of_dense_rate(result: dict, flops: float, rates: list[float]) -> dict[str, float]:
+    """The part of a step that its matrix products would take at the rate of dense torch.mm in float32."""
+    return {
+        "matmul_gflop": round(flops / 1e9, 1),
+        "dense_gflop_per_s_median": round(statistics.median(rates) / 1e9, 1),
+        "dense_gflop_per_s_best": round(max(rates) / 1e9, 1),
+        "share_median": round(flops / statistics.median(rates) / result["median_s"], 3),
+        "share_best": round(flops / max(rates) / result["best_s"], 3),
+    }
+
+
+def matmul_flops(side: Side, args: argparse.Namespace) -> tuple[float, float]:
+    """Operations of a step's matrix products with weights, and of the causal halves of attention's own."""
+    num_tokens = args.batch * args.seq
+    weights = flops_per_token(side.model.cfg, 0) * num_tokens
+    return weights, flops_per_token(side.model.cfg, args.seq) * num_tokens - weights
+
+
+def profile_sides(sides: list[Side], ids: Tensor) -> dict[str, dict[str, float]]:
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    functions = [
+        ("rotary", modeling_qwen3_moe, "apply_rotary_pos_emb"),
+        ("head, cross-entropy", type(sides[0].model), "_logits"),
+    ]
+    return {side.name: breakdown(side.model, lambda side=side: side.step(ids), functions) for side in sides[:2]}
+
+
+def draw_tokens(args: argparse.Namespace, generator: torch.Generator) -> Tensor:
+    shape = (args.batch, args.seq)
+    if not args.curve:
+        return torch.randint(0, args.vocab, shape, generator=generator)
+    often = 1 / torch.arange(1, args.vocab + 1)  # Zipf: the loss falls to the entropy of this
+    return torch.multinomial(often.expand(args.batch, -1), args.seq, replacement=True, generator=generator)
 
 
 def parse_args() -> argparse.Namespace:
@@ -233,16 +276,24 @@ def parse_args() -> argparse.Namespace:
     for name, value in dict(batch=4, seq=512, layers=8, hidden=512, experts=32, topk=4, inter=256, vocab=8192).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--implementations", nargs="+", default=["grouped_mm", "eager", "batched_mm"])
-    parser.add_argument("--profile", action="store_true", help="print where one of our steps spends its time")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--isa", choices=sorted(SETTINGS), help="as on a processor with no more than this")
+    parser.add_argument("--profile", action="store_true", help="print where the first two sides spend their time")
+    parser.add_argument("--curve", action="store_true", help=f"{CURVE_STEPS} steps of one document at a high rate")
     parser.add_argument("--json", type=Path, help="write all figures there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.curve:
+        args.steps, args.warmup, args.batch, args.lr = CURVE_STEPS, 0, 1, 1e-3
+        args.implementations = args.implementations[:1]
+    return args
 
 
 def main() -> None:
     args = parse_args()
+    machine = describe_machine(run_as(args.isa))
+    machine["keeps_freed_memory"] = _C.keep_freed_memory()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    machine = describe_machine()
     num_tokens = args.batch * args.seq
     copied = num_tokens * args.topk * 3 * args.hidden * args.inter * dtype.itemsize
     if "batched_mm" in args.implementations and copied > MAX_BATCHED_BYTES:
@@ -254,10 +305,12 @@ def main() -> None:
     print(f"{size}, {args.dtype}, {num_tokens} tokens a step, {args.threads} threads", flush=True)
     generator = torch.Generator().manual_seed(1)
     gc.disable()
+    rates = []
     for _ in range(args.warmup + args.steps):
-        ids = torch.randint(0, args.vocab, (args.batch, args.seq), generator=generator)
+        ids = draw_tokens(args, generator)
         for side in sides:
             side.step(ids)
+        rates.append(dense_rate())
         gc.collect()
     worst = check_losses(sides, dtype)
     results = [summarise(side, args.warmup, num_tokens) for side in sides]
@@ -265,13 +318,24 @@ def main() -> None:
     faster = speedups(results)
     ratios = ", ".join(f"{faster[key]:.2f} ({key})" for key in faster)
     print(f"losses agree within {worst:.1e}; times of the best of transformers over ours: {ratios}")
-    if args.profile:
-        profile_ours(sides[0], ids)
+    weights, attention = matmul_flops(sides[0], args)
+    shares = {
+        "with_weights": share_of_dense_rate(results[0], weights, rates),
+        "and_attention": share_of_dense_rate(results[0], weights + attention, rates),
+    }
+    for name, share in shares.items():
+        rate = share["dense_gflop_per_s_median"]
+        print(f"products {name}: {share['matmul_gflop']} GFLOP, at torch.mm's {rate} GFLOP/s "
+              f"{share['share_median']:.2f} of our step (best: {share['share_best']:.2f})")  # fmt: skip
+    table = profile_sides(sides, ids) if args.profile else {}
+    if table:
+        print_table(table)
     if args.json:
         shape = {k: v for k, v in vars(args).items() if k not in ("json", "profile")}
         rss = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         report = {
             "machine": machine, "shape": shape, "parameters": num_params, "results": results, "speedup": faster,
+            "share_of_dense_rate": shares, "seconds_by_part": table,
             "largest_relative_loss_difference": worst, "peak_rss_gib_all_sides": rss,
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,23 @@ def test_every_isa_gives_the_same_within_rounding():
         _C.force_isa("abacus")
 
 
+FAULTS = """
+import resource, torch
+from xtuner import _C
+def faults_of_a_tensor():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+if _C.keep_freed_memory():
+    faults_of_a_tensor()
+    assert faults_of_a_tensor() < 100, "64 MiB were handed out anew"
+"""
+
+
+def test_freed_memory_is_kept():
+    subprocess.run([sys.executable, "-c", FAULTS], check=True, timeout=60)
+
+
 def product(seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x, w = torch.randn(300, 64, generator=generator), torch.randn(3, 48, 64, generator=generator)

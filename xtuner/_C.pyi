@@ -19,6 +19,9 @@ def build_info() -> dict[str, Any]:
 def force_isa(name: str | None) -> None:
     """For tests: run CPU kernels with one of build_info()["isas"]; None for the best one again."""
 
+def keep_freed_memory() -> bool:
+    """From now on large freed blocks of host memory are reused by this process, not returned; False without glibc."""
+
 def route_map(
     topk_idx: Tensor, align: int, counts: Tensor, offsets: Tensor, row_of: Tensor, src: Tensor, num_threads: int
 ) -> None:

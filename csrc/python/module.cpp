@@ -4,6 +4,7 @@
 #include "bind.h"
 #include "tensor_caster.h"
 #include "xtuner/build_info.h"
+#include "xtuner/host_memory.h"
 
 namespace xt::python {
 namespace {
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("init_exchange", &init_exchange, "tensor_type"_a, "use_table"_a = true);
   m.def("build_info", &build_info);
   m.def("force_isa", &force_isa, "name"_a);
+  m.def("keep_freed_memory", &keep_freed_memory);
   bind_moe(m);
 }
 

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from xtuner import ops
 from xtuner.config import ModelConfig
 from xtuner.models.init import init_weights
 from xtuner.nn.attention import Attention
 from xtuner.nn.kv_cache import KVCache
+from xtuner.nn.linear import Linear
 from xtuner.nn.loss import cross_entropy_sum
 from xtuner.nn.mlp import MLP
 from xtuner.nn.moe import MoE
@@ -70,7 +72,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.num_hidden_layers)])
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
     def init_weights(self, seed: int) -> None:
         init_weights(self, seed, self.cfg.initializer_range)
@@ -115,4 +117,4 @@ class Decoder(nn.Module):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         weight = self.embed.weight if self.head is None else self.head.weight
-        return nn.functional.linear(x_TD, weight)
+        return ops.linear(x_TD, weight)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from xtuner import ops
 from xtuner.config import ModelConfig
 from xtuner.nn.kv_cache import KVCache
+from xtuner.nn.linear import Linear
 from xtuner.nn.norm import RMSNorm
 from xtuner.nn.rope import apply_rotary
 
@@ -18,10 +19,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, cfg.head_dim
         width_q, width_kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-        self.wq = nn.Linear(cfg.hidden_size, width_q, bias=cfg.attention_bias)
-        self.wk = nn.Linear(cfg.hidden_size, width_kv, bias=cfg.attention_bias)
-        self.wv = nn.Linear(cfg.hidden_size, width_kv, bias=cfg.attention_bias)
-        self.wo = nn.Linear(width_q, cfg.hidden_size, bias=cfg.attention_bias)
+        self.wq = Linear(cfg.hidden_size, width_q, bias=cfg.attention_bias)
+        self.wk = Linear(cfg.hidden_size, width_kv, bias=cfg.attention_bias)
+        self.wv = Linear(cfg.hidden_size, width_kv, bias=cfg.attention_bias)
+        self.wo = Linear(width_q, cfg.hidden_size, bias=cfg.attention_bias)
         normed = cfg.family in ("qwen3", "qwen3_moe")
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if normed else nn.Identity()

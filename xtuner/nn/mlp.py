@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtuner import ops
@@ -18,4 +17,4 @@ class MLP(nn.Module):
         self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(ops.swiglu(F.linear(x_TD, self.w13)), self.w2)
+        return ops.linear(ops.swiglu(ops.linear(x_TD, self.w13)), self.w2)

@@ -4,6 +4,7 @@ from xtuner.ops._lib import OpError
 from xtuner.ops.attention import attention
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped
+from xtuner.ops.linear import linear
 from xtuner.ops.permute import permute
 from xtuner.ops.route_map import route_map
 from xtuner.ops.swiglu import swiglu
@@ -15,6 +16,7 @@ __all__ = [
     "gemm_k_grouped",
     "gemm_k_grouped_",
     "gemm_m_grouped",
+    "linear",
     "permute",
     "route_map",
     "swiglu",

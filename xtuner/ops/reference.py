@@ -64,6 +64,11 @@ def gemm_k_grouped(a: Tensor, b: Tensor, offsets: Tensor, out_dtype: torch.dtype
     return torch.stack(products).to(out_dtype or a.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = x @ weight.T
+    return out if bias is None else out + bias
+
+
 def swiglu(
     x: Tensor, offsets: Tensor | None = None, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0
 ) -> Tensor:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from xtuner import _C
 from xtuner.errors import ConfigError
 
 # Long enough for rank 0 to tokenise a large data set while the others wait.
@@ -64,6 +65,8 @@ def init_world(device: str, num_threads: int | None) -> World:
     torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
+    else:
+        _C.keep_freed_memory()  # what torch's caching allocator does on other devices
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
