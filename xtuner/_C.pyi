@@ -73,3 +73,35 @@ def swiglu_bwd(
     num_threads: int,
 ) -> None:
     """Gradient of swiglu into dx[R,2I]."""
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    num_threads: int,
+) -> None:
+    """Per document out = softmax(q k^T * scale) v; q, k, v contiguous in the last dim only; lse f32[Hq,Tq]."""
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    causal: bool,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    num_threads: int,
+) -> None:
+    """Gradients of attention into dq, dk and dv."""

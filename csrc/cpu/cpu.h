@@ -19,6 +19,11 @@ void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, int num_threads);
 void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
                 const Tensor& dx, int num_threads);
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, double scale,
+               bool causal, const Tensor& out, const Tensor& lse, int num_threads);
+void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, double scale, bool causal,
+                   const Tensor& dq, const Tensor& dk, const Tensor& dv, int num_threads);
 
 // Rows in use, offsets[E]. Throws Error naming `op` unless 0 = offsets[0] <= ... <= offsets[E] <= num_rows.
 int64_t used_rows(const char* op, const Tensor& offsets, int64_t num_rows);

@@ -1,4 +1,6 @@
 #include "cpu/kernels.h"
+#include "cpu/simd/attention.h"
+#include "cpu/simd/attention_bwd.h"
 #include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
@@ -15,6 +17,10 @@ const Kernels kernels_avx512 = {
     avx512::Vec::tile_rows,
     2 * avx512::Vec::width,
     gemm_tile<avx512::Vec>,
+    attention_scratch<avx512::Vec>,
+    attention_task<avx512::Vec>,
+    attention_bwd_scratch<avx512::Vec>,
+    attention_bwd_task<avx512::Vec>,
 };
 
 }  // namespace xt::cpu

@@ -1,4 +1,6 @@
 #include "cpu/kernels.h"
+#include "cpu/simd/attention.h"
+#include "cpu/simd/attention_bwd.h"
 #include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
@@ -15,6 +17,10 @@ const Kernels kernels_portable = {
     portable::Vec::tile_rows,
     2 * portable::Vec::width,
     gemm_tile<portable::Vec>,
+    attention_scratch<portable::Vec>,
+    attention_task<portable::Vec>,
+    attention_bwd_scratch<portable::Vec>,
+    attention_bwd_task<portable::Vec>,
 };
 
 }  // namespace xt::cpu

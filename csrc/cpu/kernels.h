@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "xtuner/tensor.h"
 
@@ -41,6 +42,11 @@ struct Kernels {
   void (*unpermute_bwd)(const UnpermuteRows&, int64_t begin, int64_t end);
   int tile_rows, tile_cols;  // the block of outputs that the GEMM keeps in registers: q x v
   void (*gemm_tile)(const GemmTile&, const GemmScratchSize&, float* scratch);
+  // Floats of scratch for tasks of at most `rows` rows (queries times query heads per key head), and one task.
+  int64_t (*attention_scratch)(const AttentionProblem&, int64_t rows);
+  void (*attention)(const AttentionProblem&, const AttentionTask&, float* scratch);
+  int64_t (*attention_bwd_scratch)(const AttentionProblem&, int64_t rows);
+  void (*attention_bwd)(const AttentionProblem&, const AttentionTask&, float* scratch);
 };
 
 extern const Kernels kernels_portable;

@@ -49,6 +49,23 @@ static std::string wanted(std::initializer_list<DType> dtypes, std::initializer_
 
 void ArgChecker::tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
                         std::initializer_list<Dim> dims) {
+  shape(name, t, dtypes, dims);
+  if (!t.is_contiguous()) fail(op_, ": ", name, " must be contiguous, got ", describe(t));
+  memory(name, t);
+}
+
+void ArgChecker::rows(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
+                      std::initializer_list<Dim> dims) {
+  shape(name, t, dtypes, dims);
+  const int last = t.ndim - 1;
+  if (t.numel() > 0 && t.shape[last] != 1 && t.strides[last] != 1) {
+    fail(op_, ": ", name, " must be contiguous in its last dim, got ", describe(t));
+  }
+  memory(name, t);
+}
+
+void ArgChecker::shape(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
+                       std::initializer_list<Dim> dims) const {
   bool ok = t.ndim == static_cast<int>(dims.size());
   int i = 0;
   for (const Dim& d : dims) {
@@ -58,7 +75,9 @@ void ArgChecker::tensor(const char* name, const Tensor& t, std::initializer_list
   bool dtype_ok = false;
   for (DType d : dtypes) dtype_ok = dtype_ok || t.dtype == d;
   if (!ok || !dtype_ok) fail(op_, ": ", name, " must be ", wanted(dtypes, dims), ", got ", describe(t));
-  if (!t.is_contiguous()) fail(op_, ": ", name, " must be contiguous, got ", describe(t));
+}
+
+void ArgChecker::memory(const char* name, const Tensor& t) {
   if (!t.data && t.numel() > 0) fail(op_, ": ", name, " has no memory behind it (a meta or fake tensor?): ", describe(t));
   if (first_) {
     device_ = t.device;

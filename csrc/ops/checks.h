@@ -22,6 +22,8 @@ class ArgChecker {
 
   // `t` has one of these dtypes and this shape, is contiguous and on the device of the first argument.
   void tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims);
+  // The same, but only the last dim must be contiguous.
+  void rows(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims);
 
   // A condition on values rather than on tensors.
   template <class... Parts>
@@ -34,6 +36,9 @@ class ArgChecker {
   Device device() const { return device_; }
 
  private:
+  void shape(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims) const;
+  void memory(const char* name, const Tensor& t);
+
   const char* op_;
   bool first_ = true;
   Device device_;

@@ -4,6 +4,7 @@
 
 namespace xt::python {
 
+void bind_attention(pybind11::module_& m);
 void bind_moe(pybind11::module_& m);
 
 }  // namespace xt::python

@@ -35,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("force_isa", &force_isa, "name"_a);
   m.def("keep_freed_memory", &keep_freed_memory);
+  bind_attention(m);
   bind_moe(m);
 }
 
