@@ -11,6 +11,8 @@ void check_inputs(ArgChecker& check, const Tensor& q, const Tensor& k, const Ten
   check.rows("q", q, data_dtypes, {{"Tq"}, {"Hq"}, {"D"}});
   check.rows("k", k, {q.dtype}, {{"Tk"}, {"Hkv"}, {"D", q.shape[2]}});
   check.rows("v", v, {q.dtype}, {{"Tk", k.shape[0]}, {"Hkv", k.shape[1]}, {"Dv"}});
+  check.require(q.shape[2] > 0 && v.shape[2] > 0, "q, k and v must have at least one column, got D=", q.shape[2],
+                " and Dv=", v.shape[2]);
   check.require(v.shape[2] <= q.shape[2], "v must not be wider than q and k, got Dv=", v.shape[2], " and D=", q.shape[2]);
   check.require(k.shape[1] > 0 && q.shape[1] % k.shape[1] == 0, "q has ", q.shape[1],
                 " heads, which is no multiple of k's ", k.shape[1]);

@@ -5,6 +5,7 @@ import torch
 
 from xtuner import ops
 from xtuner.ops import OpError, reference
+from xtuner.ops.attention import _check as check_for_cuda
 
 
 def packed(lengths):
@@ -86,11 +87,13 @@ def bad_calls():
     q, k, v = qkv(8, 8)
     cu = packed([3, 5])
     return {
-        "q must be \\[tokens, heads, width\\], got shape \\[8, 96\\]": (q.flatten(1), k, v, cu, cu),
-        "k is torch.bfloat16, but q is torch.float32": (q, k.bfloat16(), v, cu, cu),
+        "q must be float32 or bfloat16 \\[Tq, Hq, D\\], got float32 \\[8, 96\\]": (q.flatten(1), k, v, cu, cu),
+        "k must be float32 \\[Tk, Hkv, D=16\\], got bfloat16": (q, k.bfloat16(), v, cu, cu),
         "v must be contiguous in its last dim": (q, k, v.transpose(1, 2).contiguous().transpose(1, 2), cu, cu),
         "q has 5 heads, which is no multiple of k's 2": (q[:, :5], k, v, cu, cu),
-        "q .*, k .* and v .* do not fit together": (q, k[..., :8], v, cu, cu),
+        "k must be float32 \\[Tk, Hkv, D=16\\], got float32 \\[8, 2, 8\\]": (q, k[..., :8], v, cu, cu),
+        "v must be float32 \\[Tk=8, Hkv=2, Dv\\], got float32 \\[7, 2, 16\\]": (q, k, v[:7], cu, cu),
+        "v must not be wider than q and k, got Dv=16 and D=8": (q[..., :8], k[..., :8], v, cu, cu),
         "cu_k must be int32": (q, k, v, cu, cu.long()),
         "cu_q must go from 0 to 8, but goes from 0 to 7": (q, k, v, packed([3, 4]), cu),
         "document 1 has -1 queries and 5 keys": (q, k, v, torch.tensor([0, 9, 8], dtype=torch.int32), packed([3, 5])),
@@ -103,6 +106,32 @@ def test_bad_input(message):
     causal = "causal" in message
     with pytest.raises(OpError, match=f"attention: {message}"):
         ops.attention(*bad_calls()[message], 9, 9, causal=causal)
+
+
+@pytest.mark.parametrize(
+    "message, shapes",
+    [
+        ("q must be \\[tokens, heads, width\\], got shape \\[8, 96\\]", [(8, 96), (8, 2, 16), (8, 2, 16)]),
+        ("q .*, k .* and v .* do not fit together", [(8, 6, 16), (8, 2, 8), (8, 2, 16)]),
+        ("q has 5 heads, which is no multiple of k's 2", [(8, 5, 16), (8, 2, 16), (8, 2, 16)]),
+    ],
+)
+def test_checks_before_torchs_kernel_for_cuda(message, shapes):
+    cu = packed([3, 5])
+    with pytest.raises(OpError, match=f"attention: {message}"):
+        check_for_cuda(*(torch.zeros(s) for s in shapes), cu, cu)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_parts_of_a_fused_projection(causal):
+    fused = torch.randn(70, 10, 24, generator=torch.Generator().manual_seed(1))
+    fused[..., 16:] = float("nan")
+    q, k, v = fused[..., :16].split([6, 2, 2], dim=1)
+    cu = packed([30, 40])
+    bounds = cu, cu, 40, 40
+    out = ops.attention(q, k, v, *bounds, causal=causal)
+    torch.testing.assert_close(out, ops.attention(*(x.contiguous() for x in (q, k, v)), *bounds, causal=causal))
+    torch.testing.assert_close(out, reference.attention(q, k, v, *bounds, causal=causal))
 
 
 def test_double_backward_is_an_error_not_a_zero():

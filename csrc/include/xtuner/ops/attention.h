@@ -7,7 +7,7 @@ namespace xt {
 // softmax(q k^T * scale) v within each document of a packed sequence. Softmax and all sums are in fp32.
 //   q       f32 | bf16 [Tq, Hq, D]   q, k and v may be strided, but are contiguous along D (parts of a fused projection)
 //   k       as q [Tk, Hkv, D]        query head h looks at key head h / (Hq / Hkv); Hq is a multiple of Hkv > 0
-//   v       as q [Tk, Hkv, Dv]       Dv <= D
+//   v       as q [Tk, Hkv, Dv]       0 < Dv <= D
 //   cu_q    i32 [S+1]                document s has queries cu_q[s] .. cu_q[s+1] - 1; from 0 to Tq
 //   cu_k    i32 [S+1]                and keys cu_k[s] .. cu_k[s+1] - 1; from 0 to Tk
 //   causal                           query i of a document's n sees all keys but its last n - 1 - i: the queries are the
