@@ -63,6 +63,16 @@ TEST(Swiglu, MatchesReference) {
   });
 }
 
+TEST(Swiglu, Fuzz) {
+  Rng rng(4);
+  for_each_isa([&] {
+    fuzz(2, rng, [&](const FuzzCase& c) {
+      const int64_t used = c.load == Load::empty ? 0 : c.sizes[0];
+      check(c.dtype, used, pick(rng, {0, 1, 129}), c.sizes[1], all_params[rng() % all_params.size()], rng() % 2, rng);
+    });
+  });
+}
+
 // Accuracy of the vector exp: g * sigmoid(g) over a dense grid, relative to the exact value.
 TEST(Swiglu, SigmoidIsAccurate) {
   const int64_t n = 200000;
