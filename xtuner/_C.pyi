@@ -105,3 +105,35 @@ def attention_bwd(
     num_threads: int,
 ) -> None:
     """Gradients of attention into dq, dk and dv."""
+
+def quantize_1x128(
+    x: Tensor,
+    offsets: Tensor | None,
+    power_of_two: bool,
+    eps: float,
+    q: Tensor,
+    scale: Tensor,
+    num_threads: int,
+) -> None:
+    """q float8 [R,H] and scale f32[H/128, R rounded up to 4] of x[R,H]: one scale per row and 128 columns."""
+
+def quantize_128x128(
+    w: Tensor, power_of_two: bool, eps: float, q: Tensor, qt: Tensor, scale: Tensor, num_threads: int
+) -> None:
+    """q float8 [E,N,K], its transpose qt[E,K,N] and scale f32[E,N/128,K/128] of w[E,N,K]."""
+
+def quantize_rowcol(
+    x: Tensor,
+    offsets: Tensor,
+    power_of_two: bool,
+    eps: float,
+    q: Tensor,
+    scale: Tensor,
+    qt: Tensor,
+    scale_t: Tensor,
+    num_threads: int,
+) -> None:
+    """As quantize_1x128, and qt[H,P] with scale_t f32[P/128,H]: transposed, every expert padded to 128 columns."""
+
+def dequantize(q: Tensor, scale: Tensor, out: Tensor, num_threads: int) -> None:
+    """out = q * scale for q[R,H] with row scales or q[E,N,K] with block scales."""

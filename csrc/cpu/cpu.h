@@ -1,6 +1,7 @@
 // The CPU kernels: same arguments as the ops, already checked for dtype, shape and contiguity.
 // They still check values (indices, offsets), which is cheap here and impossible without a host sync elsewhere.
 #pragma once
+#include "xtuner/ops/quantize.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/tensor.h"
 
@@ -24,6 +25,13 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, double scale, bool causal,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv, int num_threads);
+void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
+                    int num_threads);
+void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, const Tensor& qt, const Tensor& scale,
+                      int num_threads);
+void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
+                     const Tensor& scale, const Tensor& qt, const Tensor& scale_t, int num_threads);
+void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, int num_threads);
 
 // Rows in use, offsets[E]. Throws Error naming `op` unless 0 = offsets[0] <= ... <= offsets[E] <= num_rows.
 int64_t used_rows(const char* op, const Tensor& offsets, int64_t num_rows);

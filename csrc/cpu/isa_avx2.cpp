@@ -2,6 +2,7 @@
 #include "cpu/simd/attention.h"
 #include "cpu/simd/attention_bwd.h"
 #include "cpu/simd/gemm_tile.h"
+#include "cpu/simd/quantize.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_avx2.h"
@@ -14,6 +15,9 @@ const Kernels kernels_avx2 = {
     swiglu_bwd_rows<avx2::Vec>,
     unpermute_tokens<avx2::Vec>,
     unpermute_bwd_tokens<avx2::Vec>,
+    quantize_rows<avx2::Vec>,
+    quantize_tile<avx2::Vec>,
+    dequantize_rows<avx2::Vec>,
     avx2::Vec::tile_rows,
     2 * avx2::Vec::width,
     gemm_tile<avx2::Vec>,

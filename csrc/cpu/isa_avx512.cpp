@@ -2,6 +2,7 @@
 #include "cpu/simd/attention.h"
 #include "cpu/simd/attention_bwd.h"
 #include "cpu/simd/gemm_tile.h"
+#include "cpu/simd/quantize.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_avx512.h"
@@ -14,6 +15,9 @@ const Kernels kernels_avx512 = {
     swiglu_bwd_rows<avx512::Vec>,
     unpermute_tokens<avx512::Vec>,
     unpermute_bwd_tokens<avx512::Vec>,
+    quantize_rows<avx512::Vec>,
+    quantize_tile<avx512::Vec>,
+    dequantize_rows<avx512::Vec>,
     avx512::Vec::tile_rows,
     2 * avx512::Vec::width,
     gemm_tile<avx512::Vec>,

@@ -2,6 +2,7 @@
 #include "cpu/simd/attention.h"
 #include "cpu/simd/attention_bwd.h"
 #include "cpu/simd/gemm_tile.h"
+#include "cpu/simd/quantize.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_portable.h"
@@ -14,6 +15,9 @@ const Kernels kernels_portable = {
     swiglu_bwd_rows<portable::Vec>,
     unpermute_tokens<portable::Vec>,
     unpermute_bwd_tokens<portable::Vec>,
+    quantize_rows<portable::Vec>,
+    quantize_tile<portable::Vec>,
+    dequantize_rows<portable::Vec>,
     portable::Vec::tile_rows,
     2 * portable::Vec::width,
     gemm_tile<portable::Vec>,

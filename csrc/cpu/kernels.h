@@ -33,6 +33,47 @@ struct UnpermuteRows {
   bool stream;  // write out or dy past the cache; needs 64-byte aligned rows
 };
 
+struct ScaleRule {
+  float eps;
+  bool power_of_two;
+};
+
+struct QuantizeRows {
+  DType from, to;
+  ScaleRule rule;
+  int64_t hidden;  // H
+  const void* x;  // [rows, H]
+  void* q;  // [rows, H]
+  float* scale;  // of row r and block b: scale[b * scale_row + r]
+  int64_t scale_row;
+  bool stream;  // write q past the caches; it is aligned to 64 bytes
+};
+
+// 128 columns of up to 128 rows.
+struct QuantizeTile {
+  DType from, to;
+  ScaleRule rule;
+  int64_t num_rows;
+  int64_t row;  // elements from one row of x, and of q, to the next
+  const void* x;
+  const void* next;  // the x of the tile that this thread is likely to do next, or null
+  void* q;
+  void* qt;  // [128, 128], rows past num_rows of x become zero
+  int64_t qt_row;
+  float* scale;  // [num_rows] when scale_t is given, else one
+  float* scale_t;  // [128] or null
+  bool stream;  // write q and qt past the caches; they are aligned to 64 bytes
+};
+
+struct DequantizeRows {
+  DType from, to;
+  int64_t hidden;
+  const void* q;
+  void* x;
+  const float* scale;  // of row r and block b: scale[r / rows_per_scale * scale_row + b * scale_col]
+  int64_t rows_per_scale, scale_row, scale_col;
+};
+
 // Kernels for rows [begin, end) (tokens, for unpermute).
 struct Kernels {
   const char* name;
@@ -40,6 +81,9 @@ struct Kernels {
   void (*swiglu_bwd)(const SwigluRows&, int64_t begin, int64_t end);
   void (*unpermute)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*unpermute_bwd)(const UnpermuteRows&, int64_t begin, int64_t end);
+  void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);
+  void (*quantize_tile)(const QuantizeTile&);
+  void (*dequantize_rows)(const DequantizeRows&, int64_t begin, int64_t end);
   int tile_rows, tile_cols;  // the block of outputs that the GEMM keeps in registers: q x v
   void (*gemm_tile)(const GemmTile&, const GemmScratchSize&, float* scratch);
   // Floats of scratch for tasks of at most `rows` rows (queries times query heads per key head), and one task.

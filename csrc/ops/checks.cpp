@@ -6,6 +6,8 @@ const char* name_of(DType t) {
   switch (t) {
     case DType::f32: return "float32";
     case DType::bf16: return "bfloat16";
+    case DType::e4m3: return "float8_e4m3fn";
+    case DType::e5m2: return "float8_e5m2";
     case DType::i32: return "int32";
     case DType::i64: return "int64";
     default: return "unsupported dtype";

@@ -45,5 +45,6 @@ class ArgChecker {
 };
 
 constexpr std::initializer_list<DType> data_dtypes = {DType::f32, DType::bf16};
+constexpr std::initializer_list<DType> fp8_dtypes = {DType::e4m3, DType::e5m2};
 
 }  // namespace xt

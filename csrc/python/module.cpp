@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &force_isa, "name"_a);
   m.def("keep_freed_memory", &keep_freed_memory);
   bind_attention(m);
+  bind_fp8(m);
   bind_moe(m);
 }
 

@@ -42,6 +42,8 @@ inline DType dtype_of(dlpack::DataType t) {
   if (t.lanes != 1) return DType::other;
   if (t.code == dlpack::type_float && t.bits == 32) return DType::f32;
   if (t.code == dlpack::type_bfloat && t.bits == 16) return DType::bf16;
+  if (t.code == dlpack::type_e4m3fn && t.bits == 8) return DType::e4m3;
+  if (t.code == dlpack::type_e5m2 && t.bits == 8) return DType::e5m2;
   if (t.code == dlpack::type_int && t.bits == 32) return DType::i32;
   if (t.code == dlpack::type_int && t.bits == 64) return DType::i64;
   return DType::other;

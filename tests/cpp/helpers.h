@@ -27,7 +27,29 @@ inline int64_t pick(Rng& rng, const std::vector<int64_t>& from) { return from[rn
 // Sizes around the widths of vectors, register tiles and blocks.
 inline const std::vector<int64_t> odd_sizes = {1, 5, 15, 16, 17, 127, 128, 129};
 
-// Owned fp32 or bf16 memory, read and written as double.
+// float8 by definition: (1 + mantissa) 2^(exponent - bias), or mantissa 2^(1 - bias) where the exponent is 0.
+inline double fp8_value(DType dtype, int code) {
+  const int bits = dtype == DType::e4m3 ? 3 : 2, bias = dtype == DType::e4m3 ? 7 : 15;
+  const int exponent = (code & 0x7f) >> bits, mantissa = code & ((1 << bits) - 1);
+  double size = std::ldexp(exponent ? mantissa + (1 << bits) : mantissa, std::max(exponent, 1) - bias - bits);
+  if (dtype == DType::e4m3 && (code & 0x7f) == 0x7f) size = std::nan("");
+  if (dtype == DType::e5m2 && exponent == 31) size = mantissa ? std::nan("") : HUGE_VAL;
+  return code & 0x80 ? -size : size;
+}
+
+// The code nearest to a number that is in range; of two equally near, the even one.
+inline int fp8_nearest(DType dtype, double x) {
+  int low = 0, high = dtype == DType::e4m3 ? 0x7e : 0x7b;
+  const double size = std::fabs(x);
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (fp8_value(dtype, middle) <= size ? low : high) = middle;
+  }
+  const double down = size - fp8_value(dtype, low), up = fp8_value(dtype, high) - size;
+  return (down < up || (down == up && low % 2 == 0) ? low : high) | (std::signbit(x) ? 0x80 : 0);
+}
+
+// Owned memory, read and written as double.
 class Array {
  public:
   // All bits set, which is NaN: an output that is not written, or a value that must not be read, shows up.
@@ -40,11 +62,14 @@ class Array {
   }
   double operator[](int64_t i) const {
     if (dtype_ == DType::bf16) return widen(reinterpret_cast<const bf16_t*>(bytes_.data())[i]);
+    if (size_of(dtype_) == 1) return fp8_value(dtype_, bytes_[i]);
     return reinterpret_cast<const float*>(bytes_.data())[i];
   }
   void set(int64_t i, double v) {
     if (dtype_ == DType::bf16) {
       reinterpret_cast<bf16_t*>(bytes_.data())[i] = narrow(static_cast<float>(v));
+    } else if (size_of(dtype_) == 1) {
+      bytes_[i] = static_cast<unsigned char>(std::isnan(v) ? 0x7f : fp8_nearest(dtype_, v));
     } else {
       reinterpret_cast<float*>(bytes_.data())[i] = static_cast<float>(v);
     }

@@ -6,6 +6,7 @@ from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped
 from xtuner.ops.linear import linear
 from xtuner.ops.permute import permute
+from xtuner.ops.quantize import dequantize, quantize_1x128, quantize_128x128, quantize_rowcol
 from xtuner.ops.route_map import route_map
 from xtuner.ops.swiglu import swiglu
 from xtuner.ops.unpermute import unpermute
@@ -13,11 +14,15 @@ from xtuner.ops.unpermute import unpermute
 __all__ = [
     "OpError",
     "attention",
+    "dequantize",
     "gemm_k_grouped",
     "gemm_k_grouped_",
     "gemm_m_grouped",
     "linear",
     "permute",
+    "quantize_1x128",
+    "quantize_128x128",
+    "quantize_rowcol",
     "route_map",
     "swiglu",
     "unpermute",

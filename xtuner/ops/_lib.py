@@ -27,10 +27,15 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     torch.library.register_autograd(f"xtuner::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-def once_differentiable(name: str) -> None:
-    """For a backward op that has no gradient formula: differentiating it is an error, never a silent zero."""
+def not_differentiable(name: str, why: str) -> None:
+    """For an op that has no gradient formula: differentiating it is an error, never a silent zero."""
 
     def backward(ctx, *grads):
-        raise NotImplementedError(f"xtuner::{name} cannot be differentiated: double backward is not supported here")
+        raise NotImplementedError(f"xtuner::{name} cannot be differentiated: {why}")
 
     autograd(name, backward, lambda ctx, inputs, output: None)
+
+
+def once_differentiable(name: str) -> None:
+    """For a backward op."""
+    not_differentiable(name, "double backward is not supported here")

@@ -6,6 +6,7 @@ Same arguments and results as the ops of the same names; any floating dtype, so 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -93,3 +94,49 @@ def attention(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, causal=True) -> Ten
             scores = scores.masked_fill(torch.ones(tq, tk, dtype=torch.bool).triu(tk - tq + 1), float("-inf"))
         parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[keys]))
     return torch.cat(parts)
+
+
+def _quantize_blocks(x: Tensor, dims: tuple[int, ...], dtype, power_of_two: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """x with one scale for all of its values along `dims`, all in float32; the scale keeps these dims, of size 1."""
+    x = x.float()
+    scale = x.abs().amax(dims, keepdim=True).clamp_min(eps) / torch.finfo(dtype).max
+    if power_of_two:
+        scale = torch.where(scale.isfinite(), torch.exp2(torch.log2(scale.double()).ceil()).float(), scale)
+    return torch.where(scale.isfinite(), x * (1 / scale), torch.nan).to(dtype), scale
+
+
+def quantize_1x128(x, offsets=None, dtype=torch.float8_e4m3fn, power_of_two=False, eps=1e-12):
+    rows, used = x.shape[0], x.shape[0] if offsets is None else int(offsets[-1])
+    q, scale = _quantize_blocks(x[:used].unflatten(1, (-1, 128)), (2,), dtype, power_of_two, eps)
+    q = F.pad(q.flatten(1).view(torch.uint8), (0, 0, 0, rows - used)).view(dtype)
+    return q, F.pad(scale[..., 0].t(), (0, (rows + 3) // 4 * 4 - used)).contiguous()
+
+
+def quantize_128x128(w, dtype=torch.float8_e4m3fn, power_of_two=False, eps=1e-12):
+    blocks = w.unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    q, scale = _quantize_blocks(blocks, (2, 4), dtype, power_of_two, eps)
+    q = q.flatten(3).flatten(1, 2)
+    return q, q.transpose(1, 2).contiguous(), scale[:, :, 0, :, 0].contiguous()
+
+
+def pad_experts(x: Tensor, offsets: Tensor) -> Tensor:
+    """Rows [P, H] with every expert's padded to a multiple of 128 and zeros wherever there is none."""
+    bounds = offsets.tolist()
+    parts = [F.pad(x[i:j], (0, 0, 0, -(j - i) % 128)) for i, j in zip(bounds, bounds[1:], strict=False)]
+    padded = torch.cat([x[:0], *parts])
+    return F.pad(padded, (0, 0, 0, (x.shape[0] + 127 * len(parts)) // 128 * 128 - padded.shape[0]))
+
+
+def quantize_rowcol(x, offsets, dtype=torch.float8_e4m3fn, power_of_two=False, eps=1e-12):
+    qt, scale_t = quantize_1x128(pad_experts(x, offsets).t(), None, dtype, power_of_two, eps)
+    is_row = pad_experts(torch.ones(x.shape[0], 1), offsets)[:, 0].bool()
+    qt.view(torch.uint8)[:, ~is_row] = 0
+    scale_t[~is_row.view(-1, 128).any(1)] = 0
+    return *quantize_1x128(x, offsets, dtype, power_of_two, eps), qt, scale_t
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = q.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if q.ndim == 3:
+        return (x * scale.repeat_interleave(128, 1).repeat_interleave(128, 2)).to(dtype)
+    return (x * scale[:, : q.shape[0]].t().repeat_interleave(128, 1)).to(dtype)

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/fp8.h"
 #include "cpu/simd/transpose8.h"
 
 namespace xt::cpu::avx2 {
@@ -11,6 +12,8 @@ struct Vec {
   static constexpr int width = 8;
   static constexpr int tile_rows = 6;  // of the GEMM: 6 x 2 sums, 2 of V and a broadcast fit 16 registers
   static constexpr int block = 8;      // of transpose()
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef int32_t Ints __attribute__((vector_size(32)));
   __m256 v;
 
   static XT_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
@@ -20,6 +23,8 @@ struct Vec {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
   }
+  static XT_INLINE Vec load(const e4m3_t* p) { return load_fp8<Vec>(p); }
+  static XT_INLINE Vec load(const e5m2_t* p) { return load_fp8<Vec>(p); }
   // The first n elements, n < width; the rest is zero.
   template <class T>
   static XT_INLINE Vec load(const T* p, int n) {
@@ -66,6 +71,22 @@ struct Vec {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(even, odd));
   }
   static XT_INLINE void fence() { _mm_sfence(); }
+  static XT_INLINE Vec of(Ints bits) { return {(__m256)bits}; }
+  static XT_INLINE Ints load_bytes(const uint8_t* p) {
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  // Lanes, in [0, 255], of four vectors in a row as bytes.
+  static XT_INLINE Vec pack_bytes(Ints a, Ints b, Ints c, Ints d) {
+    const __m256i ab = _mm256_packus_epi32((__m256i)a, (__m256i)b), cd = _mm256_packus_epi32((__m256i)c, (__m256i)d);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return {_mm256_castsi256_ps(_mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), order))};
+  }
+  static XT_INLINE int32_t largest(Ints i) {
+    const __m256i a = (__m256i)i;
+    const __m128i half = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i pair = _mm_max_epi32(half, _mm_unpackhi_epi64(half, half));
+    return _mm_cvtsi128_si32(_mm_max_epi32(pair, _mm_shuffle_epi32(pair, 1)));
+  }
   // to[j * to_row + i] = from[i * from_row + j] for i, j < block
   template <class T>
   static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/fp8.h"
 #include "cpu/simd/transpose8.h"
 
 namespace xt::cpu::avx512 {
@@ -11,6 +12,8 @@ struct Vec {
   static constexpr int width = 16;
   static constexpr int tile_rows = 14;  // of the GEMM: 14 x 2 sums, 2 of V and a broadcast fit 32 registers
   static constexpr int block = 8;      // of transpose()
+  typedef float Floats __attribute__((vector_size(64)));
+  typedef int32_t Ints __attribute__((vector_size(64)));
   __m512 v;
 
   static XT_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -33,6 +36,8 @@ struct Vec {
   static XT_INLINE Vec load(const bf16_t* p) {
     return {widen16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  static XT_INLINE Vec load(const e4m3_t* p) { return load_fp8<Vec>(p); }
+  static XT_INLINE Vec load(const e5m2_t* p) { return load_fp8<Vec>(p); }
   // The first n elements, n < width; the rest is zero.
   static XT_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   static XT_INLINE Vec load(const bf16_t* p, int n) { return {widen16(_mm256_maskz_loadu_epi16(first(n), p))}; }
@@ -56,6 +61,17 @@ struct Vec {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(even, odd));
   }
   static XT_INLINE void fence() { _mm_sfence(); }
+  static XT_INLINE Vec of(Ints bits) { return {(__m512)bits}; }
+  static XT_INLINE Ints load_bytes(const uint8_t* p) {
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  // Lanes, in [0, 255], of four vectors in a row as bytes.
+  static XT_INLINE Vec pack_bytes(Ints a, Ints b, Ints c, Ints d) {
+    const __m512i ab = _mm512_packus_epi32((__m512i)a, (__m512i)b), cd = _mm512_packus_epi32((__m512i)c, (__m512i)d);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return {_mm512_castsi512_ps(_mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)))};
+  }
+  static XT_INLINE int32_t largest(Ints i) { return _mm512_reduce_max_epi32((__m512i)i); }
   // to[j * to_row + i] = from[i * from_row + j] for i, j < block
   template <class T>
   static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {

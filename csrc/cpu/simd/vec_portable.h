@@ -1,6 +1,7 @@
 // Four floats in the compiler's own vector type: SSE2 on x86-64, NEON on AArch64. No fused multiply-add is assumed.
 #pragma once
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/fp8.h"
 
 namespace xt::cpu::portable {
 
@@ -28,6 +29,8 @@ struct Vec {
     return r;
   }
   static XT_INLINE Vec load(const bf16_t* p) { return {Floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}}; }
+  static XT_INLINE Vec load(const e4m3_t* p) { return load_fp8<Vec>(p); }
+  static XT_INLINE Vec load(const e5m2_t* p) { return load_fp8<Vec>(p); }
   // The first n elements, n < width; the rest is zero.
   template <class T>
   static XT_INLINE Vec load(const T* p, int n) {
@@ -60,6 +63,22 @@ struct Vec {
   XT_INLINE void stream(float* p) const { store(p); }
   static XT_INLINE void stream_pair(bf16_t* p, Vec even, Vec odd) { store_pair(p, even, odd); }
   static XT_INLINE void fence() {}
+  static XT_INLINE Vec of(Ints bits) { return {(Floats)bits}; }
+  static XT_INLINE Ints load_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
+  // Lanes, in [0, 255], of four vectors in a row as bytes.
+  static XT_INLINE Vec pack_bytes(Ints a, Ints b, Ints c, Ints d) {
+    typedef int16_t Shorts __attribute__((vector_size(16)));
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    const Shorts ab = __builtin_shufflevector((Shorts)a, (Shorts)b, 0, 2, 4, 6, 8, 10, 12, 14);
+    const Shorts cd = __builtin_shufflevector((Shorts)c, (Shorts)d, 0, 2, 4, 6, 8, 10, 12, 14);
+    const Bytes bytes =
+        __builtin_shufflevector((Bytes)ab, (Bytes)cd, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return {(Floats)bytes};
+  }
+  static XT_INLINE int32_t largest(Ints i) {
+    const int32_t a = i[0] > i[1] ? i[0] : i[1], b = i[2] > i[3] ? i[2] : i[3];
+    return a > b ? a : b;
+  }
   // to[j * to_row + i] = from[i * from_row + j] for i, j < block
   template <class T>
   static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {

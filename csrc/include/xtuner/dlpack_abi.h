@@ -8,7 +8,7 @@
 namespace xt::dlpack {
 
 enum DeviceCode : int32_t { device_cpu = 1, device_cuda = 2, device_ext = 12 };
-enum TypeCode : uint8_t { type_int = 0, type_float = 2, type_bfloat = 4 };
+enum TypeCode : uint8_t { type_int = 0, type_float = 2, type_bfloat = 4, type_e4m3fn = 10, type_e5m2 = 12 };
 
 struct Device {
   int32_t code;

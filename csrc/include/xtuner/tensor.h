@@ -7,7 +7,7 @@
 
 namespace xt {
 
-enum class DType : uint8_t { f32, bf16, i32, i64, other };
+enum class DType : uint8_t { f32, bf16, e4m3, e5m2, i32, i64, other };
 enum class DeviceType : uint8_t { cpu, cuda, ascend, other };
 
 struct Device {
@@ -18,7 +18,23 @@ struct Device {
 
 using bf16_t = uint16_t;  // the bits of a bfloat16; arithmetic happens in float
 
-inline int64_t size_of(DType t) { return t == DType::bf16 ? 2 : t == DType::i64 ? 8 : 4; }
+// The bits of a float8: sign, exponent and mantissa as in the name. e4m3 is the "fn" kind, without infinities.
+struct e4m3_t {
+  uint8_t bits;
+};
+struct e5m2_t {
+  uint8_t bits;
+};
+
+inline int64_t size_of(DType t) {
+  switch (t) {
+    case DType::e4m3:
+    case DType::e5m2: return 1;
+    case DType::bf16: return 2;
+    case DType::i64: return 8;
+    default: return 4;
+  }
+}
 
 struct Tensor {
   static constexpr int max_ndim = 4;

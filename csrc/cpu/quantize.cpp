@@ -1,0 +1,123 @@
+#include <vector>
+
+#include "cpu/cache.h"
+#include "cpu/cpu.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace xt::cpu {
+namespace {
+
+constexpr int64_t block = 128;
+constexpr int64_t tiles_per_task = 8;  // side by side: 2 or 4 KiB of each row
+
+ScaleRule rule_of(QuantizeParams params) { return {static_cast<float>(params.eps), params.power_of_two}; }
+
+char* address(const Tensor& t, int64_t element) { return t.ptr<char>() + element * size_of(t.dtype); }
+
+// t[:, begin:] = 0
+void zero_columns(const Tensor& t, int64_t begin, int num_threads) {
+  const int64_t width = t.shape[1], bytes = (width - begin) * size_of(t.dtype);
+  if (bytes == 0) return;
+  parallel_ranges(num_threads, t.shape[0], rows_per_task(bytes), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) std::memset(address(t, i * width + begin), 0, static_cast<size_t>(bytes));
+  });
+}
+
+// A block of one expert's rows.
+struct RowBlock {
+  int64_t first, count;  // rows of x
+  int64_t padded;        // where they start in qt
+};
+
+std::vector<RowBlock> row_blocks(const Tensor& offsets) {
+  std::vector<RowBlock> blocks;
+  const int64_t* at = offsets.ptr<int64_t>();
+  int64_t padded = 0;
+  for (int64_t e = 0; e + 1 < offsets.shape[0]; ++e) {
+    for (int64_t r = at[e]; r < at[e + 1]; r += block, padded += block) {
+      blocks.push_back({r, std::min(block, at[e + 1] - r), padded});
+    }
+  }
+  return blocks;
+}
+
+// body(row of blocks, block, whether the block to its right is next) for rows x columns, a few side by side per task.
+template <class Body>
+void for_each_tile(int num_threads, int64_t num_rows, int64_t num_cols, Body&& body) {
+  const int64_t parts = (num_cols + tiles_per_task - 1) / tiles_per_task;
+  parallel_for(num_threads, num_rows * parts, [&](int64_t task) {
+    const int64_t row = task / parts, begin = task % parts * tiles_per_task;
+    const int64_t end = std::min(num_cols, begin + tiles_per_task);
+    for (int64_t col = begin; col < end; ++col) body(row, col, col + 1 < end);
+  });
+}
+
+}  // namespace
+
+void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
+                    int num_threads) {
+  const int64_t rows = x.shape[0], used = offsets ? used_rows("quantize_1x128", *offsets, rows) : rows;
+  const QuantizeRows a = {x.dtype, q.dtype,            rule_of(params),  x.shape[1],   x.data,
+                          q.data,  scale.ptr<float>(), scale.shape[1],   worth_streaming(q)};
+  const Kernels& isa = kernels();
+  parallel_ranges(num_threads, used, rows_per_task(row_bytes(x)),
+                  [&](int64_t begin, int64_t end) { isa.quantize_rows(a, begin, end); });
+  zero_rows(q, used, rows, num_threads);
+  zero_columns(scale, used, num_threads);
+}
+
+void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, const Tensor& qt, const Tensor& scale,
+                      int num_threads) {
+  const int64_t num_n = w.shape[1], num_k = w.shape[2], row_blocks = num_n / block;
+  const Kernels& isa = kernels();
+  const bool stream = worth_streaming(Tensor(q.data, q.dtype, {w.shape[0] * num_n, num_k})) &&
+                      worth_streaming(Tensor(qt.data, qt.dtype, {w.shape[0] * num_k, num_n}));
+  for_each_tile(num_threads, w.shape[0] * row_blocks, num_k / block, [&](int64_t row, int64_t col, bool more) {
+    const int64_t at = row * block * num_k + col * block;
+    const int64_t turned = row / row_blocks * num_n * num_k + col * block * num_n + row % row_blocks * block;
+    isa.quantize_tile({w.dtype, q.dtype, rule_of(params), block, num_k, address(w, at),
+                       more ? address(w, at + block) : nullptr, address(q, at), address(qt, turned), num_n,
+                       scale.ptr<float>() + row * (num_k / block) + col, nullptr, stream});
+  });
+}
+
+void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
+                     const Tensor& scale, const Tensor& qt, const Tensor& scale_t, int num_threads) {
+  const int64_t rows = x.shape[0], hidden = x.shape[1], used = used_rows("quantize_rowcol", offsets, rows);
+  const std::vector<RowBlock> blocks = row_blocks(offsets);
+  const int64_t num_blocks = static_cast<int64_t>(blocks.size()), padded = num_blocks * block;
+  const Kernels& isa = kernels();
+  const bool stream = worth_streaming(q) && worth_streaming(qt);
+  for_each_tile(num_threads, num_blocks, hidden / block, [&](int64_t row, int64_t col, bool more) {
+    const RowBlock& b = blocks[row];
+    const int64_t at = b.first * hidden + col * block;
+    isa.quantize_tile({x.dtype, q.dtype, rule_of(params), b.count, hidden, address(x, at),
+                       more ? address(x, at + block) : nullptr, address(q, at),
+                       address(qt, col * block * qt.shape[1] + b.padded), qt.shape[1],
+                       scale.ptr<float>() + col * scale.shape[1] + b.first,
+                       scale_t.ptr<float>() + row * hidden + col * block, stream});
+  });
+  zero_rows(q, used, rows, num_threads);
+  zero_columns(scale, used, num_threads);
+  zero_columns(qt, padded, num_threads);
+  zero_rows(scale_t, num_blocks, scale_t.shape[0], num_threads);
+}
+
+void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, int num_threads) {
+  const bool squares = q.ndim == 3;
+  const int64_t hidden = q.shape[q.ndim - 1], rows = squares ? q.shape[0] * q.shape[1] : q.shape[0];
+  DequantizeRows a = {q.dtype, out.dtype, hidden, q.data, out.data, scale.ptr<float>(), 1, 1, 0};
+  if (squares) {
+    a.rows_per_scale = block;
+    a.scale_row = hidden / block;
+    a.scale_col = 1;
+  } else {
+    a.scale_col = scale.shape[1];
+  }
+  const Kernels& isa = kernels();
+  parallel_ranges(num_threads, rows, rows_per_task(hidden * size_of(out.dtype)),
+                  [&](int64_t begin, int64_t end) { isa.dequantize_rows(a, begin, end); });
+}
+
+}  // namespace xt::cpu

@@ -1,0 +1,101 @@
+#include "xtuner/ops/quantize.h"
+
+#include "cpu/cpu.h"
+#include "ops/checks.h"
+
+namespace xt {
+namespace {
+
+void check_params(const ArgChecker& check, QuantizeParams params) {
+  check.require(params.eps >= 1e-30 && params.eps <= 1, "eps must be in [1e-30, 1], got ", params.eps);
+}
+
+void check_multiple(const ArgChecker& check, const char* name, int64_t size) {
+  check.require(size % 128 == 0, name, " must be a multiple of 128 for float8 (one scale covers 128 values), got ",
+                size, "; use bfloat16 for this layer");
+}
+
+}  // namespace
+
+void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
+                    Stream stream) {
+  ArgChecker check("quantize_1x128");
+  check.tensor("x", x, data_dtypes, {{"R"}, {"H"}});
+  const int64_t r = x.shape[0], h = x.shape[1];
+  check_multiple(check, "H", h);
+  if (offsets) {
+    check.tensor("offsets", *offsets, {DType::i64}, {{"E+1"}});
+    check.require(offsets->shape[0] >= 1, "offsets must hold E+1 values, got none");
+  }
+  check_params(check, params);
+  check.tensor("q", q, fp8_dtypes, {{"R", r}, {"H", h}});
+  check.tensor("scale", scale, {DType::f32}, {{"H/128", h / 128}, {"ld", row_scale_ld(r)}});
+  switch (check.device().type) {
+    case DeviceType::cpu: return cpu::quantize_1x128(x, offsets, params, q, scale, stream.num_threads);
+    default: check.no_kernel();
+  }
+}
+
+void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, const Tensor& qt, const Tensor& scale,
+                      Stream stream) {
+  ArgChecker check("quantize_128x128");
+  check.tensor("w", w, data_dtypes, {{"E"}, {"N"}, {"K"}});
+  const int64_t n = w.shape[1], k = w.shape[2];
+  const Dim experts = {"E", w.shape[0]};
+  check_multiple(check, "N", n);
+  check_multiple(check, "K", k);
+  check_params(check, params);
+  check.tensor("q", q, fp8_dtypes, {experts, {"N", n}, {"K", k}});
+  check.tensor("qt", qt, {q.dtype}, {experts, {"K", k}, {"N", n}});
+  check.tensor("scale", scale, {DType::f32}, {experts, {"N/128", n / 128}, {"K/128", k / 128}});
+  switch (check.device().type) {
+    case DeviceType::cpu: return cpu::quantize_128x128(w, params, q, qt, scale, stream.num_threads);
+    default: check.no_kernel();
+  }
+}
+
+void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
+                     const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream) {
+  ArgChecker check("quantize_rowcol");
+  check.tensor("x", x, data_dtypes, {{"R"}, {"H"}});
+  const int64_t r = x.shape[0], h = x.shape[1];
+  check_multiple(check, "H", h);
+  check.tensor("offsets", offsets, {DType::i64}, {{"E+1"}});
+  check.require(offsets.shape[0] >= 1, "offsets must hold E+1 values, got none");
+  check_params(check, params);
+  const int64_t p = padded_rows(r, offsets.shape[0] - 1);
+  check.tensor("q", q, fp8_dtypes, {{"R", r}, {"H", h}});
+  check.tensor("scale", scale, {DType::f32}, {{"H/128", h / 128}, {"ld", row_scale_ld(r)}});
+  check.tensor("qt", qt, {q.dtype}, {{"H", h}, {"P", p}});
+  check.tensor("scale_t", scale_t, {DType::f32}, {{"P/128", p / 128}, {"H", h}});
+  switch (check.device().type) {
+    case DeviceType::cpu: return cpu::quantize_rowcol(x, offsets, params, q, scale, qt, scale_t, stream.num_threads);
+    default: check.no_kernel();
+  }
+}
+
+void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, Stream stream) {
+  ArgChecker check("dequantize");
+  if (q.ndim == 3) {
+    check.tensor("q", q, fp8_dtypes, {{"E"}, {"N"}, {"K"}});
+    const Dim experts = {"E", q.shape[0]}, n = {"N", q.shape[1]}, k = {"K", q.shape[2]};
+    check_multiple(check, "N", n.size);
+    check_multiple(check, "K", k.size);
+    check.tensor("scale", scale, {DType::f32}, {experts, {"N/128", n.size / 128}, {"K/128", k.size / 128}});
+    check.tensor("out", out, data_dtypes, {experts, n, k});
+  } else {
+    check.tensor("q", q, fp8_dtypes, {{"R"}, {"H"}});
+    const Dim rows = {"R", q.shape[0]}, h = {"H", q.shape[1]};
+    check_multiple(check, "H", h.size);
+    check.tensor("scale", scale, {DType::f32}, {{"H/128", h.size / 128}, {"ld"}});
+    check.require(scale.shape[1] >= rows.size, "scale must have a column for each of the R=", rows.size, " rows, got ",
+                  scale.shape[1]);
+    check.tensor("out", out, data_dtypes, {rows, h});
+  }
+  switch (check.device().type) {
+    case DeviceType::cpu: return cpu::dequantize(q, scale, out, stream.num_threads);
+    default: check.no_kernel();
+  }
+}
+
+}  // namespace xt
