@@ -1,4 +1,4 @@
-"""float8: every code and rounding tie against torch's own conversions, quantizers against their oracles, all by bits."""
+"""float8: every code and rounding tie against torch's own conversions, quantizers against their oracles, bit by bit."""
 
 import pytest
 import torch
