@@ -4,6 +4,7 @@ Data tensors are float32 or bfloat16, contiguous and on one device; anything els
 num_threads bounds the CPU threads used and never changes the result.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -137,3 +138,62 @@ def quantize_rowcol(
 
 def dequantize(q: Tensor, scale: Tensor, out: Tensor, num_threads: int) -> None:
     """out = q * scale for q[R,H] with row scales or q[E,N,K] with block scales."""
+
+class SharedMemory:
+    """One rank's share of a group's memory and its view of the others'. Making one is collective: every rank calls
+    all_gather twice. data_bytes holds the rows one rank receives or shows in one op."""
+
+    def __init__(
+        self, rank: int, world: int, data_bytes: int, timeout_s: float, all_gather: Callable[[bytes], Sequence[bytes]]
+    ) -> None: ...
+    @property
+    def data_bytes(self) -> int: ...
+
+def ep_room(counts: Tensor, tokens: Tensor, row_bytes: int) -> int:
+    """data_bytes that the ops need for this route with rows of row_bytes; the same on every rank."""
+
+def ep_prepare(
+    topk_idx: Tensor,
+    memory: SharedMemory,
+    counts: Tensor,
+    tokens: Tensor,
+    dest: Tensor,
+    slot: Tensor,
+    offsets: Tensor,
+    num_threads: int,
+) -> None:
+    """topk_idx i32|i64[T,K] -> counts i32[W,E], tokens i32[W,W], dest i32[T,K,2], slot i32[T,W], offsets i64[E/W+1]."""
+
+def ep_prepare_rows(
+    memory: SharedMemory, counts: Tensor, tokens: Tensor, offsets: Tensor, origin: Tensor, num_threads: int
+) -> None:
+    """Directly after ep_prepare: origin i32[R], R >= offsets[-1]."""
+
+def ep_dispatch(
+    x: Tensor,
+    scales: Tensor | None,
+    route: Sequence[Tensor],
+    memory: SharedMemory,
+    out: Tensor,
+    out_scales: Tensor | None,
+    num_threads: int,
+) -> None:
+    """Rows of x[T,H] (and scales f32[T,S]) to out[R,H] of their experts' ranks; route is (counts, tokens, dest, slot,
+    origin)."""
+
+def ep_combine(
+    y: Tensor, route: Sequence[Tensor], memory: SharedMemory, probs: Tensor | None, out: Tensor, num_threads: int
+) -> None:
+    """out[t] = sum_k probs[t,k] * (row dest[t,k,1] of rank dest[t,k,0]) in fp32 and k order."""
+
+def ep_combine_bwd(
+    dout: Tensor,
+    y: Tensor,
+    route: Sequence[Tensor],
+    memory: SharedMemory,
+    probs: Tensor,
+    dy: Tensor,
+    dprobs: Tensor,
+    num_threads: int,
+) -> None:
+    """Gradients of ep_combine into dy[R,H] and dprobs f32[T,K]."""

@@ -1,6 +1,7 @@
 // The CPU kernels: same arguments as the ops, already checked for dtype, shape and contiguity.
 // They still check values (indices, offsets), which is cheap here and impossible without a host sync elsewhere.
 #pragma once
+#include "xtuner/ops/ep_prepare.h"
 #include "xtuner/ops/quantize.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/tensor.h"
@@ -32,6 +33,18 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, int num_threads);
 void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, int num_threads);
+
+void ep_prepare(const Tensor& topk_idx, const Peers& peers, const Tensor& counts, const Tensor& tokens,
+                const Tensor& dest, const Tensor& slot, const Tensor& offsets, int num_threads);
+void ep_prepare_rows(const Peers& peers, const Tensor& counts, const Tensor& tokens, const Tensor& offsets,
+                     const Tensor& origin);
+int64_t ep_room(const Tensor& counts, const Tensor& tokens, int64_t row_bytes);
+void ep_dispatch(const Tensor& x, const Tensor* scales, const EpRoute& route, const Peers& peers, const Tensor& out,
+                 const Tensor* out_scales, int num_threads);
+void ep_combine(const Tensor& y, const EpRoute& route, const Peers& peers, const Tensor* probs, const Tensor& out,
+                int num_threads);
+void ep_combine_bwd(const Tensor& dout, const Tensor& y, const EpRoute& route, const Peers& peers, const Tensor& probs,
+                    const Tensor& dy, const Tensor& dprobs, int num_threads);
 
 // Rows in use, offsets[E]. Throws Error naming `op` unless 0 = offsets[0] <= ... <= offsets[E] <= num_rows.
 int64_t used_rows(const char* op, const Tensor& offsets, int64_t num_rows);

@@ -74,6 +74,22 @@ struct DequantizeRows {
   int64_t rows_per_scale, scale_row, scale_col;
 };
 
+// The rows of unpermute when they lie in the memory of several ranks; stands for y and row_of.
+struct PeerTable {
+  const int32_t* dest;      // [T, K, 2]: rank and row of each choice; rank -1: dropped
+  const void* const* base;  // [W]: row 0 of each rank
+};
+
+// One row of the gradient of unpermute: out = p * x, and <x, b>.
+struct ScaleAndDot {
+  DType dtype;
+  bool stream;
+  int64_t hidden;
+  float p;
+  const void *x, *b;
+  void* out;
+};
+
 // Kernels for rows [begin, end) (tokens, for unpermute).
 struct Kernels {
   const char* name;
@@ -84,6 +100,11 @@ struct Kernels {
   void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);
   void (*quantize_tile)(const QuantizeTile&);
   void (*dequantize_rows)(const DequantizeRows&, int64_t begin, int64_t end);
+  void (*unpermute_peers)(const UnpermuteRows&, const PeerTable&, int64_t begin, int64_t end);
+  // Single rows. After streaming ones, fence() before anybody else is told to read them.
+  void (*copy_row)(bool stream, const void* x, void* out, int64_t bytes);
+  float (*scale_and_dot)(const ScaleAndDot&);
+  void (*fence)();
   int tile_rows, tile_cols;  // the block of outputs that the GEMM keeps in registers: q x v
   void (*gemm_tile)(const GemmTile&, const GemmScratchSize&, float* scratch);
   // Floats of scratch for tasks of at most `rows` rows (queries times query heads per key head), and one task.

@@ -37,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_freed_memory", &keep_freed_memory);
   bind_attention(m);
   bind_fp8(m);
+  bind_ep(m);
   bind_moe(m);
 }
 

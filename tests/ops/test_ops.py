@@ -10,6 +10,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 # (tokens, choices, experts); the routing leaves some experts without tokens and drops some choices.
 LAYOUTS = [(37, 2, 5), (64, 4, 7), (1, 1, 1), (16, 3, 40), (0, 2, 3), (130, 1, 2)]
 
+ALONE = ops.EpGroup(0, 1, lambda mine: [mine])  # expert parallelism without anybody else
+
 
 def routing(tokens, k, experts, seed=0, drop=0.1):
     generator = torch.Generator().manual_seed(seed)
@@ -162,10 +164,17 @@ def samples():
     with torch.no_grad():
         out, lse = torch.ops.xtuner.attention(*qkv, cu, cu, 7, 7, 0.3, True)
     bounds = (cu, cu, 7, 7, 0.3, True)
+    idx = routing(12, 2, 3)
+    ep_maps = ops.ep_prepare(idx, 3, ALONE).maps
+    ep_rows = ep_maps[-1].shape[0]
     return {
         "route_map": (routing(12, 2, 3), 3, 27, 1),
         "permute": (grad(12, 8), row_of, src),
         "unpermute": (grad(rows, 8), row_of, src, probs.clone().requires_grad_()),
+        "ep_prepare": (idx, 3, ALONE.id, None),
+        "ep_dispatch": (grad(12, 8), *ep_maps, ALONE.id),
+        "ep_combine": (grad(ep_rows, 8), *ep_maps, probs.clone().requires_grad_(), ALONE.id),
+        "ep_combine_bwd": (randn(12, 8), randn(ep_rows, 8), *ep_maps, probs, ALONE.id),
         "unpermute_bwd": (randn(12, 8), randn(rows, 8), row_of, src, probs),
         "gemm_m_grouped": (grad(rows, 8), grad(3, 6, 8), offsets, True),
         "gemm_k_grouped": (grad(rows, 8), grad(rows, 6), offsets, torch.float32),

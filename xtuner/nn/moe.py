@@ -12,13 +12,14 @@ from xtuner.config import MoEConfig
 from xtuner.nn.router import Router, RouterStats
 
 
-class Dispatched(NamedTuple):
-    """Tokens on the rank of their experts, grouped by local expert: x [R, D], offsets int64 [E+1], and the way back."""
+class Dispatched(Protocol):
+    """Tokens on the rank of their experts, grouped by local expert; a dispatcher adds what the way back needs."""
 
-    x: Tensor
-    offsets: Tensor
-    row_of: Tensor
-    src: Tensor
+    @property
+    def x(self) -> Tensor: ...  # [R, D]
+
+    @property
+    def offsets(self) -> Tensor: ...  # int64 [E+1], E experts on this rank
 
 
 class TokenDispatcher(Protocol):
@@ -29,14 +30,21 @@ class TokenDispatcher(Protocol):
     def combine(self, y_RD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor: ...
 
 
+class LocalRows(NamedTuple):
+    x: Tensor
+    offsets: Tensor
+    row_of: Tensor
+    src: Tensor
+
+
 class LocalDispatcher:
     """All experts are here."""
 
-    def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> Dispatched:
+    def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> LocalRows:
         _, offsets, row_of, src = ops.route_map(topk_idx_TK, num_experts)
-        return Dispatched(ops.permute(x_TD, row_of, src), offsets, row_of, src)
+        return LocalRows(ops.permute(x_TD, row_of, src), offsets, row_of, src)
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+    def combine(self, y_RD: Tensor, dispatched: LocalRows, weights_TK: Tensor) -> Tensor:
         return ops.unpermute(y_RD, dispatched.row_of, dispatched.src, weights_TK)
 
 

@@ -2,6 +2,10 @@
 
 from xtuner.ops._lib import OpError
 from xtuner.ops.attention import attention
+from xtuner.ops.ep import EpGroup, EpRoute
+from xtuner.ops.ep_combine import ep_combine
+from xtuner.ops.ep_dispatch import ep_dispatch
+from xtuner.ops.ep_prepare import ep_prepare
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped
 from xtuner.ops.linear import linear
@@ -12,9 +16,14 @@ from xtuner.ops.swiglu import swiglu
 from xtuner.ops.unpermute import unpermute
 
 __all__ = [
+    "EpGroup",
+    "EpRoute",
     "OpError",
     "attention",
     "dequantize",
+    "ep_combine",
+    "ep_dispatch",
+    "ep_prepare",
     "gemm_k_grouped",
     "gemm_k_grouped_",
     "gemm_m_grouped",

@@ -50,6 +50,19 @@ def unpermute(y: Tensor, row_of: Tensor, src: Tensor, probs: Tensor | None = Non
     return out
 
 
+def ep_dispatch(x: list[Tensor], topk_idx: list[Tensor], num_experts: int) -> list[Tensor]:
+    """The ep ops over the tensors of all ranks at once: one rank with all tokens and experts, its rows split."""
+    _, offsets, row_of, src = route_map(torch.cat(topk_idx), num_experts)
+    bounds = offsets[:: num_experts // len(x)]
+    return list(permute(torch.cat(x), row_of, src)[: bounds[-1]].split(bounds.diff().tolist()))
+
+
+def ep_combine(y: list[Tensor], topk_idx: list[Tensor], num_experts: int, probs: list[Tensor] | None = None):
+    _, _, row_of, src = route_map(torch.cat(topk_idx), num_experts)
+    out = unpermute(torch.cat(y), row_of, src, None if probs is None else torch.cat(probs))
+    return list(out.split([len(idx) for idx in topk_idx]))
+
+
 def gemm_m_grouped(a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool = True) -> Tensor:
     bounds = offsets.tolist()
     parts = [

@@ -1,0 +1,18 @@
+#pragma once
+#include "xtuner/ops/ep_prepare.h"
+
+namespace xt {
+
+// Brings each token to the rows of its experts, wherever these live: permute over all ranks, in one exchange.
+//   x       [T, H]        rows of any dtype: they are moved, not computed with
+//   scales  f32 [T, S] or null   travels with x (quantized rows); on all ranks or on none
+//   route   from ep_prepare
+//   out     as x [R, H]   out: rows of this rank's experts; zero where origin is INT32_MIN
+//   out_scales  f32 [R, S] or null  out
+// A row crosses to another rank at most once and is multiplied there.
+// Errors: a receive buffer (of any rank) too small for the tokens that come to it, naming rank and sizes, on every rank;
+// a map that does not fit; a rank that does not come within peers.timeout_s, naming it, the exchange and the counts.
+void ep_dispatch(const Tensor& x, const Tensor* scales, const EpRoute& route, const Peers& peers, const Tensor& out,
+                 const Tensor* out_scales, Stream stream);
+
+}  // namespace xt

@@ -1,0 +1,75 @@
+"""The expert-parallel ops in a group of one: what needs no second process. See tests/parallel for more ranks."""
+
+import gc
+
+import pytest
+import torch
+
+from tests.ops.test_ops import ALONE, DTYPES, LAYOUTS, check, randn, routing
+from xtuner import ops
+from xtuner.ops import OpError, reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dispatch_and_combine(layout, dtype):
+    idx = routing(*layout)
+    x = randn(layout[0], 24, dtype=dtype).requires_grad_()
+    probs = torch.rand(idx.shape, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    exact, exact_probs = x.detach().double().requires_grad_(), probs.detach().double().requires_grad_()
+    route = ops.ep_prepare(idx, layout[2], ALONE)
+    y = ops.ep_dispatch(x, route, ALONE)
+    out = ops.ep_combine(y, route, ALONE, probs)
+    (rows,) = reference.ep_dispatch([exact], [idx], layout[2])
+    (expected,) = reference.ep_combine([rows], [idx], layout[2], [exact_probs])
+    assert torch.equal(y.double(), rows)
+    check(out, expected, dtype)
+    grad = randn(*out.shape, dtype=dtype, seed=9)
+    out.backward(grad)
+    expected.backward(grad.double())
+    # A token's K gradients are rounded to the dtype before they are summed.
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2**-6, atol=2e-2 if dtype == torch.bfloat16 else 2e-5)
+    torch.testing.assert_close(probs.grad.double(), exact_probs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_unweighted_combine_is_the_gradient_of_dispatch():
+    idx = routing(37, 2, 5)
+    route = ops.ep_prepare(idx, 5, ALONE)
+    x = randn(37, 8).requires_grad_()
+    y = ops.ep_dispatch(x, route, ALONE)
+    grad = randn(*y.shape, seed=4).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, grad, create_graph=True)
+    assert torch.equal(dx, ops.ep_combine(grad, route, ALONE))
+    assert torch.equal(torch.autograd.grad(dx, grad, x.detach())[0], y)
+
+
+def test_capacity():
+    idx = torch.tensor([[0, 1], [1, 2], [-1, 2]])
+    route = ops.ep_prepare(idx, 3, ALONE, capacity=8)
+    assert route.origin.tolist() == [-1, -1, -2, -2, -3, *[torch.iinfo(torch.int32).min] * 3]
+    rows = ops.ep_dispatch(torch.ones(3, 4), route, ALONE)
+    assert rows.sum(1).tolist() == [4, 4, 4, 4, 4, 0, 0, 0]
+    with pytest.raises(OpError, match="origin has R=4 rows, but rank 0 gets 5"):
+        ops.ep_prepare(idx, 3, ALONE, capacity=4)
+
+
+def test_bad_input_names_the_argument():
+    group = ops.EpGroup(0, 1, lambda mine: [mine])
+    route = ops.ep_prepare(routing(12, 2, 3), 3, group)
+    with pytest.raises(OpError, match=r"ep_dispatch: x must be .* \[T, H\], got .*(float64|unsupported)"):
+        ops.ep_dispatch(randn(12, 8).double(), route, group)
+    with pytest.raises(OpError, match="ep_dispatch: dest must be .*T=11"):
+        ops.ep_dispatch(randn(11, 8), route, group)
+    with pytest.raises(OpError, match="ep_combine: probs must be .*T=12, K=2"):
+        ops.ep_combine(randn(route.origin.shape[0], 8), route, group, torch.rand(12, 3))
+    with pytest.raises(OpError, match=r"topk_idx\[0, 0\] \(token 0\) must be in \[-1, E=3\), got 3"):
+        ops.ep_prepare(torch.tensor([[3]]), 3, group)
+    with pytest.raises(OpError, match="gave this group up in exchange 1; make a new group"):
+        ops.ep_prepare(torch.tensor([[0]]), 3, group)
+    with pytest.raises(OpError, match="world must be in"):
+        ops.EpGroup(0, 65, lambda mine: [mine])
+    last = group.id
+    del group
+    gc.collect()
+    with pytest.raises(OpError, match=f"group {last} no longer exists"):
+        torch.ops.xtuner.ep_dispatch(randn(12, 8), *route.maps, last)
