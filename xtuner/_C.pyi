@@ -52,6 +52,26 @@ def gemm_m_grouped(a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool, out: Te
 def gemm_k_grouped(a: Tensor, b: Tensor, offsets: Tensor, beta: float, out: Tensor, num_threads: int) -> None:
     """Per expert out[e] = beta * out[e] + a_e.T @ b_e; beta is 0 or 1."""
 
+rms_norm_block_rows: int
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, inverse_rms: Tensor, num_threads: int) -> None:
+    """out[R,D] = x * inverse_rms * weight; inverse_rms f32[R] = 1 / sqrt(mean(x^2) + eps)."""
+
+def rms_norm_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    inverse_rms: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    workspace: Tensor,
+    num_threads: int,
+) -> None:
+    """Gradients of rms_norm; workspace f32 [ceil(R / rms_norm_block_rows), D]."""
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool, out: Tensor, num_threads: int) -> None:
+    """x[T,H,D] turned by the angles of cos, sin [T,D/2], feature i with i + D/2; back turns the other way."""
+
 def swiglu(
     x: Tensor,
     offsets: Tensor | None,

@@ -3,6 +3,8 @@
 #include "cpu/simd/attention_bwd.h"
 #include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/quantize.h"
+#include "cpu/simd/rms_norm.h"
+#include "cpu/simd/rotary.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_avx512.h"
@@ -13,6 +15,9 @@ const Kernels kernels_avx512 = {
     "avx512",
     swiglu_rows<avx512::Vec>,
     swiglu_bwd_rows<avx512::Vec>,
+    rms_norm_rows<avx512::Vec>,
+    rms_norm_bwd_rows<avx512::Vec>,
+    rotary_tokens<avx512::Vec>,
     unpermute_tokens<avx512::Vec>,
     unpermute_bwd_tokens<avx512::Vec>,
     quantize_rows<avx512::Vec>,

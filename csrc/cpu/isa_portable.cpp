@@ -3,6 +3,8 @@
 #include "cpu/simd/attention_bwd.h"
 #include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/quantize.h"
+#include "cpu/simd/rms_norm.h"
+#include "cpu/simd/rotary.h"
 #include "cpu/simd/swiglu.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_portable.h"
@@ -13,6 +15,9 @@ const Kernels kernels_portable = {
     "portable",
     swiglu_rows<portable::Vec>,
     swiglu_bwd_rows<portable::Vec>,
+    rms_norm_rows<portable::Vec>,
+    rms_norm_bwd_rows<portable::Vec>,
+    rotary_tokens<portable::Vec>,
     unpermute_tokens<portable::Vec>,
     unpermute_bwd_tokens<portable::Vec>,
     quantize_rows<portable::Vec>,

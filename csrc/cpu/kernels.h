@@ -19,6 +19,26 @@ struct SwigluRows {
   float up_offset;
 };
 
+struct RmsNormRows {
+  DType dtype;
+  int64_t width;  // D
+  const void* x;  // [rows, D]
+  const void* weight;  // [D]
+  const void* dout;  // [rows, D]; backward only
+  void* out;  // forward [rows, D], backward dx
+  float* inverse_rms;  // [rows]; written by forward
+  float eps;
+};
+
+struct RotaryTokens {
+  DType dtype;
+  int64_t num_heads, half;
+  const void* x;  // [tokens, num_heads, 2 * half]
+  const void *cos, *sin;  // [tokens, half]
+  void* out;  // as x
+  bool back;
+};
+
 struct UnpermuteRows {
   DType dtype;
   int64_t hidden;  // H
@@ -95,6 +115,9 @@ struct Kernels {
   const char* name;
   void (*swiglu)(const SwigluRows&, int64_t begin, int64_t end);
   void (*swiglu_bwd)(const SwigluRows&, int64_t begin, int64_t end);
+  void (*rms_norm)(const RmsNormRows&, int64_t begin, int64_t end);
+  void (*rms_norm_bwd)(const RmsNormRows&, int64_t begin, int64_t end, float* dweight);  // dweight: of these rows
+  void (*rotary)(const RotaryTokens&, int64_t begin, int64_t end);
   void (*unpermute)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*unpermute_bwd)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);

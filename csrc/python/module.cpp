@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
   bind_fp8(m);
   bind_ep(m);
   bind_moe(m);
+  bind_norm_rope(m);
 }
 
 }  // namespace xt::python

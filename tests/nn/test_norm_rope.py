@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from xtuner import ops
 from xtuner.config import RopeConfig
 from xtuner.nn.norm import RMSNorm
-from xtuner.nn.rope import apply_rotary, inverse_frequencies, rotary_tables
+from xtuner.nn.rope import inverse_frequencies, rotary_tables
 
 
 def randn(*shape, seed=0):
@@ -54,11 +55,11 @@ def test_rotation_and_its_gradient():
     cos, sin = tables([0, 3, 700], RopeConfig(theta=100.0), 16)
     x, grad = randn(3, 2, 16).requires_grad_(), randn(3, 2, 16, seed=1)
     # As transformers writes it: tables twice as wide, and one head axis before the tokens.
-    wide = [torch.cat([t, t], -1).transpose(0, 1) for t in (cos, sin)]
+    wide = [torch.cat([t, t], -1)[None] for t in (cos, sin)]
     other = x.detach().clone().requires_grad_()
     expected, _ = apply_rotary_pos_emb(other.transpose(0, 1)[None], other.transpose(0, 1)[None], *wide)
     expected = expected[0].transpose(0, 1)
-    y = apply_rotary(x, cos, sin)
+    y = ops.rotary(x, cos, sin)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     y.backward(grad)
     expected.backward(grad)
@@ -70,7 +71,7 @@ def test_only_distances_matter():
 
     def score(i, j):
         cfg = RopeConfig()
-        return (apply_rotary(q, *tables([i], cfg, 32)) * apply_rotary(k, *tables([j], cfg, 32))).sum()
+        return (ops.rotary(q, *tables([i], cfg, 32)) * ops.rotary(k, *tables([j], cfg, 32))).sum()
 
     torch.testing.assert_close(score(5, 2), score(105, 102), rtol=1e-4, atol=1e-4)
     assert (score(5, 2) - score(5, 3)).abs() > 1e-3

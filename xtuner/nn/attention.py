@@ -9,7 +9,6 @@ from xtuner.config import ModelConfig
 from xtuner.nn.kv_cache import KVCache
 from xtuner.nn.linear import Linear
 from xtuner.nn.norm import RMSNorm
-from xtuner.nn.rope import apply_rotary
 
 
 class Attention(nn.Module):
@@ -37,7 +36,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[T, D] -> [T, D]. No token sees another document; with `cache`, also the tokens of earlier calls."""
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary)
+        q, k = ops.rotary(self.q_norm(q), *rotary), ops.rotary(self.k_norm(k), *rotary)
         cu_k, max_k = cu_seqlens, max_seqlen
         if cache is not None:
             k, v, cu_k, max_k = cache.append(self.layer, k, v, cu_seqlens)

@@ -29,27 +29,6 @@ def inverse_frequencies(head_dim: int, cfg: RopeConfig, device: torch.device) ->
 
 
 def rotary_tables(positions_T: Tensor, head_dim: int, cfg: RopeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, head_dim / 2] for `apply_rotary`, computed in float32."""
-    angles = positions_T[:, None, None].float() * inverse_frequencies(head_dim, cfg, positions_T.device)
+    """Cosine and sine [T, head_dim / 2] for `ops.rotary`, computed in float32."""
+    angles = positions_T[:, None].float() * inverse_frequencies(head_dim, cfg, positions_T.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate feature i together with i + D/2 of each head, by the token's angles."""
-    return _Rotate.apply(x_THD, cos, sin)
-
-
-class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back, so nothing of x is kept; half the passes of the formula."""
-
-    @staticmethod
-    def forward(ctx, x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        first, second = x_THD.chunk(2, dim=-1)
-        turned = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
-        return torch.cat(turned, dim=-1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grad, cos, -sin), None, None

@@ -11,6 +11,8 @@ from xtuner.ops.gemm_m_grouped import gemm_m_grouped
 from xtuner.ops.linear import linear
 from xtuner.ops.permute import permute
 from xtuner.ops.quantize import dequantize, quantize_1x128, quantize_128x128, quantize_rowcol
+from xtuner.ops.rms_norm import rms_norm
+from xtuner.ops.rotary import rotary
 from xtuner.ops.route_map import route_map
 from xtuner.ops.swiglu import swiglu
 from xtuner.ops.unpermute import unpermute
@@ -32,6 +34,8 @@ __all__ = [
     "quantize_1x128",
     "quantize_128x128",
     "quantize_rowcol",
+    "rms_norm",
+    "rotary",
     "route_map",
     "swiglu",
     "unpermute",
