@@ -1,11 +1,14 @@
-"""Routing, permute, unpermute and SwiGLU, forward and backward, against the same work in plain torch operators.
+"""Routing, permute, unpermute, their gradients and SwiGLU: against the same work in plain torch operators and against
+a copy of as many bytes.
 
-Rates count the bytes that must be read and written at least once.
+Rates count the bytes that must be read and written at least once. `copy_` reads and writes half of them each. Shapes
+come in two sizes: expert rows of 64 MiB and more, beyond the last-level cache, and of 4 MiB, inside it.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,46 +16,88 @@ from timing import Report
 
 from xtuner import _C, ops
 
-SHAPES = [(2048, 4, 32, 512), (4096, 2, 8, 512), (1024, 8, 64, 1024)]  # tokens, experts per token, experts, hidden
+ROUTES = [(tokens, k, e) for tokens in (4096, 16384, 65536) for k, e in ((4, 8), (8, 64), (8, 256))]
+MIB = 1 << 20
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def bench_routing(report: Report, topk_idx, num_experts: int, shape: str) -> None:
-    def in_torch():
+class Rows(NamedTuple):
+    tokens: int
+    k: int
+    experts: int
+    hidden: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of_size(cls, size: int, k: int, hidden: int, dtype: torch.dtype) -> Rows:
+        return cls(size // (k * hidden * dtype.itemsize), k, 64, hidden, dtype)
+
+    def __str__(self) -> str:
+        return f"T{self.tokens} K{self.k} H{self.hidden} {'bf16' if self.dtype == torch.bfloat16 else 'f32'}"
+
+
+def row_shapes(threads: int) -> list[Rows]:
+    hidden = (512, 2048, 4096, 7168) if threads > 1 else (2048,)
+    large = [Rows.of_size(64 * MIB, 8, h, dtype) for h in hidden for dtype in DTYPES]
+    large.append(Rows.of_size(128 * MIB, 2, 4096, torch.bfloat16))  # tokens beyond the cache too
+    return large + [Rows.of_size(4 * MIB, 8, h, dtype) for h in hidden[:2] for dtype in DTYPES]
+
+
+def route(tokens: int, k: int, experts: int) -> torch.Tensor:
+    return torch.rand(tokens, experts).topk(k).indices
+
+
+def bench_routing(report: Report, tokens: int, k: int, experts: int) -> None:
+    topk_idx = route(tokens, k, experts)
+
+    def by_sorting():
         flat = topk_idx.flatten()
         order = torch.argsort(flat, stable=True)
         row_of = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
-        return torch.bincount(flat, minlength=num_experts).cumsum(0), row_of, order
+        return torch.bincount(flat, minlength=experts).cumsum(0), row_of, order
 
+    assert torch.equal(ops.route_map(topk_idx, experts)[2].flatten(), by_sorting()[1].int())
     moved = 1e-9 * topk_idx.numel() * (topk_idx.element_size() + 8)
-    report.case("route_map", shape, moved, {"ours": lambda: ops.route_map(topk_idx, num_experts), "argsort": in_torch})
+    calls = {"ours": partial(ops.route_map, topk_idx, experts), "sort": by_sorting}
+    report.case("route_map", f"T{tokens} K{k} E{experts}", moved, calls)
 
 
-def bench_rows(report: Report, topk_idx, num_experts: int, hidden: int, dtype, shape: str) -> None:
-    tokens, k = topk_idx.shape
-    _, _, row_of, src = ops.route_map(topk_idx, num_experts)
-    name = str(dtype).removeprefix("torch.")
-    x, y = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens * k, hidden).to(dtype)
-    probs = torch.rand(tokens, k)
-    token_of_row = (src // k).long()
-    prob_of_row = probs.flatten()[src.long()].unsqueeze(1)
-    size = x.element_size() * 1e-9 * hidden * tokens
-    threads = torch.get_num_threads()
-    dy, dprobs = torch.empty_like(y), torch.empty_like(probs)
+def copy_of(moved: int):
+    """A copy that reads and writes `moved` bytes together."""
+    return partial(torch.zeros(moved // 2, dtype=torch.uint8).copy_, torch.ones(moved // 2, dtype=torch.uint8))
 
-    def unpermute_in_torch():
-        return torch.zeros(tokens, hidden).index_add_(0, token_of_row, y * prob_of_row).to(dtype)
 
-    def unpermute_backward_in_torch():
+def bench_rows(report: Report, s: Rows) -> None:
+    threads, size = torch.get_num_threads(), s.dtype.itemsize * s.hidden * s.tokens
+    _, _, row_of, src = ops.route_map(route(s.tokens, s.k, s.experts), s.experts)
+    x, y = torch.ones(s.tokens, s.hidden, dtype=s.dtype), torch.ones(s.tokens * s.k, s.hidden, dtype=s.dtype)
+    out_x, out_y, probs = torch.zeros_like(x), torch.zeros_like(y), torch.rand(s.tokens, s.k)
+    token_of_row, prob_of_row = (src // s.k).long(), probs.flatten()[src.long()].unsqueeze(1)
+
+    copy = copy_of(size * (1 + s.k))
+    calls = {"ours": partial(_C.permute, x, row_of, src, out_y, threads), "copy_": copy}
+    calls["index_select"] = partial(torch.index_select, x, 0, token_of_row, out=out_y)
+    report.case("permute into out", str(s), 1e-9 * size * (1 + s.k), calls)
+    calls = {"ours": partial(ops.permute, x, row_of, src), "index_select": partial(x.index_select, 0, token_of_row)}
+    report.case("permute", str(s), 1e-9 * size * (1 + s.k), calls)
+
+    def by_index_add():
+        return torch.zeros(s.tokens, s.hidden).index_add_(0, token_of_row, y * prob_of_row).to(s.dtype)
+
+    calls = {"ours": partial(_C.unpermute, y, row_of, probs, out_x, threads), "copy_": copy}
+    report.case("unpermute into out", str(s), 1e-9 * size * (1 + s.k), calls)
+    calls = {"ours": partial(ops.unpermute, y, row_of, src, probs), "index_add_": by_index_add}
+    torch.testing.assert_close(*(call() for call in calls.values()), rtol=1e-2, atol=1e-2)
+    report.case("unpermute", str(s), 1e-9 * size * (1 + s.k), calls)
+
+    def backward_by_index_select():
         spread = x.index_select(0, token_of_row)
         return spread * prob_of_row, (spread * y).sum(1, dtype=torch.float32)
 
-    calls = {"ours": lambda: ops.permute(x, row_of, src), "index_select": lambda: x.index_select(0, token_of_row)}
-    report.case(f"permute {name}", shape, size * (1 + k), calls)
-    calls = {"ours": lambda: ops.unpermute(y, row_of, src, probs), "index_add": unpermute_in_torch}
-    report.case(f"unpermute {name}", shape, size * (1 + k), calls)
-    ours = partial(_C.unpermute_bwd, x, y, src, row_of, probs, dy, dprobs, threads)
-    calls = {"ours": ours, "index_select, mul, sum": unpermute_backward_in_torch}
-    report.case(f"unpermute backward {name}", shape, size * (1 + 2 * k), calls)
+    del copy  # two copies of this size are too much memory
+    ours = partial(_C.unpermute_bwd, x, y, src, row_of, probs, out_y, torch.empty_like(probs), threads)
+    calls = {"ours": ours, "copy_": copy_of(size * (1 + 2 * s.k)), "index_select, mul, sum": backward_by_index_select}
+    report.case("unpermute backward", str(s), 1e-9 * size * (1 + 2 * s.k), calls)
 
 
 def bench_swiglu(report: Report, rows: int, width: int, dtype) -> None:
@@ -75,16 +120,15 @@ def bench_swiglu(report: Report, rows: int, width: int, dtype) -> None:
 
 def main() -> None:
     report = Report("MoE data movement", "GB/s")
+    _C.keep_freed_memory()  # as in training: outputs are not made of fresh pages each time
     for threads in report.args.threads:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        for tokens, k, num_experts, hidden in SHAPES:
-            topk_idx = torch.rand(tokens, num_experts).topk(k).indices
-            shape = f"T{tokens} K{k} E{num_experts} H{hidden}"
-            bench_routing(report, topk_idx, num_experts, shape)
-            for dtype in (torch.float32, torch.bfloat16):
-                bench_rows(report, topk_idx, num_experts, hidden, dtype, shape)
-        for dtype in (torch.float32, torch.bfloat16):
+        for tokens, k, experts in ROUTES:
+            bench_routing(report, tokens, k, experts)
+        for shape in row_shapes(threads):
+            bench_rows(report, shape)
+        for dtype in DTYPES:
             bench_swiglu(report, 8192, 256, dtype)
             bench_swiglu(report, 4096, 512, dtype)
     report.finish()
