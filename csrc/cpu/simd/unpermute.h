@@ -109,7 +109,7 @@ XT_INLINE void copy_row(const void* x, void* out, int64_t bytes) {
     const float* from = static_cast<const float*>(x);
     float* to = static_cast<float*>(out);
     for (int64_t i = 0; i < bytes / 4; i += Vec::width) Vec::load(from + i).stream(to + i);
-  } else {
+  } else if (bytes) {
     __builtin_memcpy(out, x, static_cast<size_t>(bytes));
   }
 }
