@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/exchange.h"
+#include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "xtuner/ops/ep_prepare.h"
 
@@ -53,6 +54,7 @@ void for_rows_from(const RouteView& route, int source, int64_t row_bytes, int nu
       const int32_t* at = std::lower_bound(route.origin + route.first(e, source), last, base + begin);
       for (; at < last && *at < base + end; ++at) body(at - route.origin, *at);
     }
+    kernels().fence();  // rows may have been streamed
   });
 }
 

@@ -12,16 +12,21 @@ namespace {
 void show_rows(const RouteView& route, const Tensor& y, char* area, int num_threads) {
   const int64_t bytes = row_bytes(y), grain = rows_per_task(bytes);
   std::vector<int64_t> pieces;  // begin and end of rows, at most `grain` of them
+  int64_t shown = 0;
   const auto add = [&](int64_t begin, int64_t end) {
+    shown += end - begin;
     for (; begin < end; begin += grain) pieces.insert(pieces.end(), {begin, std::min(end, begin + grain)});
   };
   for (int64_t e = 0; e < route.experts_here; ++e) {
     add(route.first(e, 0), route.first(e, route.rank));
     add(route.first(e, route.rank + 1), route.first(e, route.world));
   }
+  const bool stream = worth_streaming(Tensor(nullptr, y.dtype, {shown, y.shape[1]}));
+  const Kernels& isa = kernels();
   parallel_for(num_threads, static_cast<int64_t>(pieces.size()) / 2, [&](int64_t i) {
     const int64_t begin = pieces[2 * i] * bytes, end = pieces[2 * i + 1] * bytes;
-    std::memcpy(area + begin, y.ptr<char>() + begin, static_cast<size_t>(end - begin));
+    isa.copy_row(stream, y.ptr<char>() + begin, area + begin, end - begin);
+    isa.fence();
   });
 }
 
@@ -29,6 +34,7 @@ void show_rows(const RouteView& route, const Tensor& y, char* area, int num_thre
 // home is finished here.
 struct BackwardRows {
   DType dtype;
+  bool stream;
   int64_t hidden, bytes;
   const char *dout, *y;
   const float* probs;
@@ -38,7 +44,7 @@ struct BackwardRows {
 
   // dy[row] = prob * dout; returns <dout, y[row]>
   float row(int64_t row, float prob, const char* from) const {
-    return isa.scale_and_dot({dtype, false, hidden, prob, from, y + row * bytes, dy + row * bytes});
+    return isa.scale_and_dot({dtype, stream, hidden, prob, from, y + row * bytes, dy + row * bytes});
   }
 };
 
@@ -63,6 +69,7 @@ void send_gradients(const RouteView& route, const BackwardRows& rows, const Exch
         }
       }
     }
+    rows.isa.fence();
   });
 }
 
@@ -97,7 +104,7 @@ void ep_combine(const Tensor& y, const EpRoute& map, const Peers& peers, const T
 void ep_combine_bwd(const Tensor& dout, const Tensor& y, const EpRoute& map, const Peers& peers, const Tensor& probs,
                     const Tensor& dy, const Tensor& dprobs, int num_threads) {
   const RouteView route("ep_combine_bwd", map, peers, num_threads);
-  const BackwardRows rows = {y.dtype,       y.shape[1],         row_bytes(y),   dout.ptr<char>(),     y.ptr<char>(),
+  const BackwardRows rows = {y.dtype, worth_streaming(dy), y.shape[1], row_bytes(y), dout.ptr<char>(), y.ptr<char>(),
                              probs.ptr<float>(), dy.ptr<char>(), dprobs.ptr<float>(), kernels()};
   route.check_fits(route.received, "tokens", rows.bytes, peers);
   for (int p = 0; p < route.world; ++p) {
