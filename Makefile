@@ -63,6 +63,7 @@ wheel: setup
 bench: setup
 	$(PY) bench/ops/bench_gemm.py
 	$(PY) bench/ops/bench_moe_movement.py
+	$(PY) bench/ops/bench_ep.py
 	$(PY) bench/e2e.py
 
 prove: test long sanitize wheel
