@@ -9,12 +9,16 @@
 
 namespace xt::cpu {
 
-// Element (i, k) is data[i * row + k * col]; one of the two strides is 1.
+// Element (i, k) is data[i * row + k * col]; one of the two strides is 1. With `index`, position j along the other
+// dimension stands for line index[j] / divisor of the memory, and for a line of zeros where index[j] < 0.
 struct GemmSide {
   const void* data;
   DType dtype;
   int64_t row;
   int64_t col;
+  const int32_t* index = nullptr;
+  int32_t divisor = 1;
+  const void* zeros = nullptr;  // such a line; needed with `index`
 };
 
 // Element (q, v) is data[q * q_stride + v * v_stride]; one of the two strides is 1.
@@ -26,33 +30,49 @@ struct GemmOut {
   bool accumulate;  // add to what is there; else it is never read
 };
 
+// What happens to finished outputs. The features n run along v where the output's rows do (v_stride 1), else along q.
+struct GemmEpilogue {
+  const void* bias = nullptr;  // [n], dtype of the output; added in fp32 before the only rounding
+  void* act = nullptr;         // SwiGLU of gate = out[:half], up = out[half:]; laid out like one half of the output
+  int64_t half = 0;            // features of act; 0: no SwiGLU
+  int64_t act_row = 0;         // from one token of act to the next
+  float alpha = 1, limit = 0, up_offset = 0;
+};
+
 struct GemmProblem {
   GemmSide q, v;
   GemmOut out;
   int64_t num_q, num_v, num_k;  // num_k > 0
+  GemmEpilogue epilogue = {};
 };
 
-// How a problem's k is cut: depends on num_k alone, because it decides the order of summation.
+// How a problem's k is cut: depends on the length alone, because it decides the order of summation. Counted in units
+// of 32 bits as they lie in packed memory: one float, or a pair of bfloat16 where the processor multiplies those.
 struct KBlocks {
   static constexpr int64_t longest = 256;
   int64_t count, length;
-  explicit KBlocks(int64_t num_k) : count((num_k + longest - 1) / longest), length((num_k + count - 1) / count) {}
+  explicit KBlocks(int64_t units) : count((units + longest - 1) / longest), length((units + count - 1) / count) {}
 };
 
-// What one thread computes in one go: out[q0:q1, v0:v1].
+// How a problem is cut into tiles, and how a tile is worked on. Affects speed only.
+struct GemmPlan {
+  int64_t q_part, v_part;         // of a tile
+  int64_t blocks_per_pass;        // blocks of k worked on before the next part of V is packed
+  int64_t slice;                  // rows of Q packed at a time
+  int64_t packed_q_row;           // floats from one packed row of Q to the next
+  int64_t packed_v, packed_q, sums;  // floats of scratch memory, in this order
+  int64_t scratch() const { return packed_v + packed_q + sums; }
+};
+
+// What one thread computes in one go: out[q0:q1, v0:v1]; with SwiGLU also the same range one half further along n.
 struct GemmTile {
   const GemmProblem* problem;
+  const GemmPlan* plan;
   int64_t q0, q1, v0, v1;
+  bool stream;  // the output is too large to stay in cache: write around it where whole lines are written once
 };
 
-// Floats of scratch memory a tile needs, in three parts.
-struct GemmScratchSize {
-  int64_t packed_v, packed_q, sums;
-  int64_t total() const { return packed_v + packed_q + sums; }
-};
-
-// k blocks of V that are packed at a time for a tile with `v_cols` columns (rounded up to whole panels).
-int64_t k_blocks_per_pass(const KBlocks& blocks, int64_t v_cols);
+GemmPlan plan_gemm(const GemmProblem& problem, double work_per_tile, int tile_rows, int tile_cols, bool pairs);
 
 // Sums need scratch where the output cannot hold them: not fp32, or its rows run along q.
 inline bool sums_in_output(const GemmOut& out) { return out.dtype == DType::f32 && out.v_stride == 1; }

@@ -7,6 +7,8 @@
 namespace xt::cpu {
 namespace {
 
+constexpr int64_t few_rows = 128;
+
 char* address(const Tensor& t, int64_t element) { return t.ptr<char>() + element * size_of(t.dtype); }
 
 }  // namespace
@@ -26,8 +28,9 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
     const GemmSide w = {address(b, e * num_n * num_k), b.dtype, trans_b ? num_k : 1, trans_b ? 1 : num_n};
     const GemmOut y = {address(out, at[e] * num_n), out.dtype, num_n, 1, false};
     // With trans_b the side that plays V must be transposed while packing. For an expert with few rows these rows are
-    // the cheaper ones to turn (and its results, which then come out transposed) than its whole weight matrix.
-    if (trans_b && rows * (num_k + num_n) < num_k * num_n) {
+    // the cheaper ones to turn (and its results, which then come out transposed) than its whole weight matrix, which
+    // then streams past them from memory.
+    if (trans_b && rows <= few_rows) {
       const GemmOut y_turned = {y.data, y.dtype, 1, num_n, false};
       problems.push_back({w, x, y_turned, num_n, rows, num_k});
     } else {

@@ -9,6 +9,19 @@ namespace xt {
 namespace cpu {
 namespace {
 
+#ifdef XT_X86
+const Kernels& kernels_avx512bf16() {
+  static const Kernels table = [] {
+    Kernels k = kernels_avx512;
+    k.name = "avx512bf16";
+    k.gemm_tile_bf16 = gemm_tile_avx512bf16;
+    k.gemm_pairs_bf16 = true;
+    return k;
+  }();
+  return table;
+}
+#endif
+
 std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> found = {&kernels_portable};
 #ifdef XT_X86
@@ -17,6 +30,7 @@ std::vector<const Kernels*> usable() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     found.push_back(&kernels_avx512);
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512bf16());
   }
 #endif
   return found;

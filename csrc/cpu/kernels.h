@@ -110,6 +110,8 @@ struct ScaleAndDot {
   void* out;
 };
 
+using GemmTileFn = void (*)(const GemmTile&, float* scratch);
+
 // Kernels for rows [begin, end) (tokens, for unpermute).
 struct Kernels {
   const char* name;
@@ -129,7 +131,8 @@ struct Kernels {
   float (*scale_and_dot)(const ScaleAndDot&);
   void (*fence)();
   int tile_rows, tile_cols;  // the block of outputs that the GEMM keeps in registers: q x v
-  void (*gemm_tile)(const GemmTile&, const GemmScratchSize&, float* scratch);
+  GemmTileFn gemm_tile_f32, gemm_tile_bf16;  // by the dtype of the operands
+  bool gemm_pairs_bf16;  // gemm_tile_bf16 multiplies pairs of bfloat16: units of two elements
   // Floats of scratch for tasks of at most `rows` rows (queries times query heads per key head), and one task.
   int64_t (*attention_scratch)(const AttentionProblem&, int64_t rows);
   void (*attention)(const AttentionProblem&, const AttentionTask&, float* scratch);
@@ -140,6 +143,7 @@ struct Kernels {
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+void gemm_tile_avx512bf16(const GemmTile&, float* scratch);
 
 // The table in use: the best one this machine can run, unless force_isa() says otherwise.
 const Kernels& kernels();

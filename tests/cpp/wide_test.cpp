@@ -10,6 +10,7 @@ namespace {
 
 struct Wide {
   static constexpr int width = 16, tile_rows = 14, block = 8;
+  using Half = Wide;
   float v[width];
 
   template <class F>
@@ -30,6 +31,11 @@ struct Wide {
   static Wide load(const T* p, int n) {
     return each([&](int i) { return i < n ? as_float(p + i) : 0.0f; });
   }
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
+  static void fence() {}
   void store(float* p, int n = width) const {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
@@ -43,13 +49,11 @@ struct Wide {
   static void store_pair(bf16_t* p, Wide even, Wide odd) {
     for (int i = 0; i < width; ++i) p[2 * i] = narrow(even.v[i]), p[2 * i + 1] = narrow(odd.v[i]);
   }
-  void stream(float* p) const { store(p); }
   static void stream_pair(bf16_t* p, Wide even, Wide odd) { store_pair(p, even, odd); }
-  static void fence() {}
-  template <class T>
-  static void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
+  template <class Unit, class T>
+  static void transpose(const T* const* rows, int64_t at, float* to, int64_t to_row) {
     for (int i = 0; i < block; ++i) {
-      for (int j = 0; j < block; ++j) to[j * to_row + i] = as_float(from + i * from_row + j);
+      for (int j = 0; j < block; ++j) to[j * to_row + i] = as_float(rows[i] + at + j);
     }
   }
 };
@@ -95,11 +99,12 @@ void check_tile(int64_t num_q, int64_t num_v, int64_t num_k, bool q_along_k, boo
   };
   const GemmOut to = {out.view().data, out_dtype, out_along_v ? num_v : 1, out_along_v ? 1 : num_q, accumulate};
   const GemmProblem p = {side(q, num_q, q_along_k), side(v, num_v, v_along_k), to, num_q, num_v, num_k};
-  const KBlocks blocks(num_k);
-  const int64_t columns = (num_v + 31) / 32 * 32;
-  const GemmScratchSize size = {blocks.count * blocks.length * columns, 96 * 272, num_q * columns};
-  std::vector<float> scratch(size.total(), NAN);
-  gemm_tile<Wide>({&p, 0, num_q, 0, num_v}, size, scratch.data());
+  const GemmPlan plan = plan_gemm(p, 0, Wide::tile_rows, 2 * Wide::width, false);
+  std::vector<float> scratch(plan.scratch(), NAN);
+  for (int64_t q0 = 0; q0 < num_q; q0 += plan.q_part) {
+    const int64_t q1 = std::min(num_q, q0 + plan.q_part);
+    gemm_tile<Wide, Single>({&p, &plan, q0, q1, 0, num_v, false}, scratch.data());
+  }
   for (int64_t i = 0; i < num_q; ++i) {
     for (int64_t j = 0; j < num_v; ++j) {
       const int64_t at = out_along_v ? i * num_v + j : j * num_q + i;

@@ -48,9 +48,9 @@ XT_INLINE void multiply(int64_t num_rows, int64_t num_cols, Broadcast q, Panels 
       const int64_t m = num_rows - i < rows ? num_rows - i : rows;
       const Extent k = extent(i, i + m, j);
       if (k.begin >= k.end) continue;
-      const MicroFn fn = num_cols - j > Vec::width ? micro_for<Vec, 2>(m) : micro_for<Vec, 1>(m);
+      const MicroFn fn = num_cols - j > Vec::width ? micro_for<Vec, Single, 2>(m) : micro_for<Vec, Single, 1>(m);
       fn(k.end - k.begin, q.data + i * q.row + k.begin * q.col, q.row, q.col, v.data + k.begin * v.row, v.row,
-         sums + i * sums_row + j, sums_row, add);
+         sums + i * sums_row + j, sums_row, add ? Store::add : Store::set);
     }
   }
 }
@@ -122,7 +122,9 @@ class AttentionRows {
   // Panels whose columns are keys.
   void turn_keys(const HeadRows& x, int64_t width, int64_t k0, int64_t n, float* to) const {
     for (int64_t i = 0; i < n; i += Sizes::cols, to += Sizes::cols * width) {
-      pack_panel_transposed<Vec>(key(x, k0 + i), x.token, n - i < Sizes::cols ? n - i : Sizes::cols, width, to);
+      const Lines<T> keys = {key(x, k0 + i), x.token, nullptr, 1, nullptr};
+      const int64_t num_keys = n - i < Sizes::cols ? n - i : Sizes::cols;
+      pack_panel_transposed<Vec, Single>(keys, 0, num_keys, Sizes::cols, 0, width, to);
     }
   }
 

@@ -1,7 +1,9 @@
-// Copies of operand blocks in the order the innermost loop reads them, widened to fp32.
+// Copies of operand blocks in the order the innermost loop reads them, in units of 32 bits: floats (bfloat16 is widened
+// on the way), or pairs of neighbouring bfloat16 along k, the last one filled up with zero.
 #pragma once
 #include "cpu/gemm.h"
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/gemm_micro.h"
 
 namespace xt::cpu {
 
@@ -14,69 +16,148 @@ XT_INLINE float as_float(const T* p) {
   }
 }
 
-// to[i] = from[i], widened
-template <class Vec, class T>
-XT_INLINE void widen_row(const T* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + Vec::width <= n; i += Vec::width) Vec::load(from + i).store(to + i);
-  for (; i < n; ++i) to[i] = as_float(from + i);
+XT_INLINE float pair(bf16_t even, bf16_t odd) {
+  const uint32_t bits = static_cast<uint32_t>(odd) << 16 | even;
+  float unit;
+  __builtin_memcpy(&unit, &bits, 4);
+  return unit;
 }
 
-// V whose rows run along v: row k of all panels, num_v columns, then row k + 1. Reading whole rows streams well from
-// memory. Panel p holds V's columns [p * cols, (p + 1) * cols) as to[p * panel + k * cols + j], zero past num_v.
-template <class Vec, class T>
-void pack_panels_copied(const T* from, int64_t col, int64_t num_v, int64_t num_k, float* to, int64_t panel) {
+// A block of an operand as lines of neighbouring elements: line j begins at (*this)[j].
+template <class T>
+struct Lines {
+  const T* data;
+  int64_t stride;
+  const int32_t* index;  // see GemmSide
+  int32_t divisor;
+  const T* zeros;
+
+  XT_INLINE const T* operator[](int64_t j) const {
+    if (!index) return data + j * stride;
+    return index[j] < 0 ? zeros : data + index[j] / divisor * stride;
+  }
+};
+
+// Element j of up to `Unit::elements` lines, one below the other along k, as one unit.
+template <class Unit, class T>
+XT_INLINE float unit_across(const T* line, const T* next, int64_t j) {
+  if constexpr (Unit::elements == 2) {
+    return pair(line[j], next ? next[j] : bf16_t{0});
+  } else {
+    return as_float(line + j);
+  }
+}
+
+// The first n elements of a line as units; meanwhile as many of a later line are brought closer.
+template <class Vec, class Unit, class T>
+XT_INLINE void copy_units(const T* line, const T* later, int64_t n, float* to) {
+  constexpr int64_t step = Vec::width * Unit::elements, cache_line = 64 / sizeof(T);
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    if (i % cache_line == 0) __builtin_prefetch(later + i);
+    if constexpr (step > cache_line) __builtin_prefetch(later + i + cache_line);
+    if constexpr (Unit::elements == 2) {
+      Vec::load_units(line + i).store(to + i / 2);
+    } else {
+      Vec::load(line + i).store(to + i);
+    }
+  }
+  for (; i < n; i += Unit::elements) {
+    to[i / Unit::elements] = unit_across<Unit>(line + i, i + 1 < n ? line + i + 1 : nullptr, 0);
+  }
+}
+
+// `width` neighbouring elements of those lines.
+template <class Vec, class Unit, class T>
+XT_INLINE Vec units_across(const T* line, const T* next, int64_t j) {
+  if constexpr (Unit::elements == 2) {
+    return next ? Vec::load_pairs(line + j, next + j) : Vec::load_pairs(line + j);
+  } else {
+    return Vec::load(line + j);
+  }
+}
+
+// V whose lines run along v: all columns of the first unit, then of the next. Reading whole lines streams well from
+// memory. Panel p holds columns [p * cols, (p + 1) * cols) as to[p * panel + unit * cols + j], zero past num_v.
+template <class Vec, class Unit, class T>
+void pack_panels_copied(const Lines<T>& lines, int64_t v0, int64_t num_v, int64_t k0, int64_t k1, float* to,
+                        int64_t panel) {
   constexpr int64_t cols = 2 * Vec::width;
-  constexpr int64_t ahead = 8;  // rows
-  for (int64_t k = 0; k < num_k; ++k, from += col, to += cols) {
+  constexpr int64_t ahead = 8;  // lines
+  for (int64_t k = k0; k < k1; k += Unit::elements, to += cols) {
+    const T* line = lines[k] + v0;
+    const T* next = Unit::elements == 2 && k + 1 < k1 ? lines[k + 1] + v0 : nullptr;
+    const T* later = k + ahead < k1 ? lines[k + ahead] + v0 : line;
     float* out = to;
     int64_t v = 0;
     for (; v + cols <= num_v; v += cols, out += panel) {
-      __builtin_prefetch(from + ahead * col + v);
-      Vec::load(from + v).store(out);
-      Vec::load(from + v + Vec::width).store(out + Vec::width);
+      __builtin_prefetch(later + v);
+      if constexpr (cols * sizeof(T) > 64) __builtin_prefetch(later + v + Vec::width);
+      units_across<Vec, Unit>(line, next, v).store(out);
+      units_across<Vec, Unit>(line, next, v + Vec::width).store(out + Vec::width);
     }
     if (v < num_v) {
-      for (int64_t j = 0; j < cols; ++j) out[j] = v + j < num_v ? as_float(from + v + j) : 0.0f;
+      for (int64_t j = 0; j < cols; ++j) out[j] = v + j < num_v ? unit_across<Unit>(line, next, v + j) : 0.0f;
     }
   }
 }
 
-// One panel of V whose rows run along k: to[k * cols + j] = V[v + j, k], zero from column n on.
-template <class Vec, class T>
-void pack_panel_transposed(const T* from, int64_t row, int64_t n, int64_t num_k, float* to) {
-  constexpr int64_t cols = 2 * Vec::width, block = Vec::block;
-  for (int64_t j = 0; j < cols; j += block) {
-    int64_t k = 0;
+// One panel of V whose lines run along k: to[unit * cols + j] = unit of line v + j, zero for n <= j < used.
+template <class Vec, class Unit, class T>
+void pack_panel_transposed(const Lines<T>& lines, int64_t v, int64_t n, int64_t used, int64_t k0, int64_t k1,
+                           float* to) {
+  constexpr int64_t cols = 2 * Vec::width, block = Vec::block, step = block * Unit::elements;
+  for (int64_t j = 0; j < used; j += block) {
+    const T* rows[block];
+    for (int64_t i = 0; i < block; ++i) rows[i] = j + i < n ? lines[v + j + i] : nullptr;
+    int64_t k = k0;
+    float* out = to + j;
     if (j + block <= n) {
-      for (; k + block <= num_k; k += block) Vec::transpose(from + j * row + k, row, to + k * cols + j, cols);
+      for (; k + step <= k1; k += step, out += block * cols) Vec::template transpose<Unit>(rows, k, out, cols);
     }
-    for (; k < num_k; ++k) {
-      for (int64_t i = j; i < j + block; ++i) to[k * cols + i] = i < n ? as_float(from + i * row + k) : 0.0f;
+    for (; k < k1; k += Unit::elements, out += cols) {
+      for (int64_t i = 0; i < block; ++i) out[i] = rows[i] ? unit_across<Unit>(rows[i] + k, k + 1 < k1 ? rows[i] + k + 1 : nullptr, 0) : 0.0f;
     }
   }
 }
 
-// Rows of Q that run along k, one after the other, `to_row` apart.
-template <class Vec, class T>
-void pack_rows(const T* from, int64_t row, int64_t num_q, int64_t num_k, float* to, int64_t to_row) {
-  for (int64_t i = 0; i < num_q; ++i) widen_row<Vec>(from + i * row, to + i * to_row, num_k);
+// Lines of Q that run along k, one after the other, `to_row` apart.
+template <class Vec, class Unit, class T>
+void pack_rows(const Lines<T>& lines, int64_t q, int64_t num_q, int64_t k0, int64_t k1, float* to, int64_t to_row) {
+  constexpr int64_t ahead = 8;  // lines
+  for (int64_t i = 0; i < num_q; ++i) {
+    const T* line = lines[q + i] + k0;
+    const T* later = num_q <= 2 * ahead ? line + (k1 - k0) : lines[q + (i + ahead < num_q ? i + ahead : i)] + k0;
+    copy_units<Vec, Unit>(line, later, k1 - k0, to + i * to_row);
+  }
 }
 
-// Rows of Q that run along q, in groups of tile_rows: to[group][k][place in group]; the last group may be short.
-template <class Vec, class T>
-void pack_groups(const T* from, int64_t col, int64_t num_q, int64_t num_k, float* to) {
-  constexpr int64_t rows = Vec::tile_rows;
-  for (int64_t q = 0; q < num_q; q += rows) {
-    const T* p = from + q;
-    if (num_q - q >= rows) {
-      for (int64_t k = 0; k < num_k; ++k, p += col, to += rows) {
-        for (int64_t i = 0; i < rows; ++i) to[i] = as_float(p + i);
-      }
-    } else {
-      for (int64_t k = 0; k < num_k; ++k, p += col, to += rows) {
-        for (int64_t i = 0; i < num_q - q; ++i) to[i] = as_float(p + i);
-      }
+// From one group of pack_groups to the next: `units` times tile_rows, and what the last whole vector runs over.
+template <class Vec>
+XT_INLINE int64_t group_size(int64_t units) {
+  constexpr int64_t rows = Vec::tile_rows, vectors = (rows + Vec::width - 1) / Vec::width * Vec::width;
+  return units * rows + vectors - rows;
+}
+
+// Lines of Q that run along q, in groups of tile_rows: to[group][unit][place in group]; the last group may be short.
+// Whole vectors are written; what runs over a unit's end is overwritten by the next.
+template <class Vec, class Unit, class T>
+void pack_groups(const Lines<T>& lines, int64_t q, int64_t num_q, int64_t k0, int64_t k1, float* to) {
+  constexpr int64_t rows = Vec::tile_rows, vectors = (rows + Vec::width - 1) / Vec::width * Vec::width;
+  constexpr int64_t ahead = 8;  // lines
+  const int64_t group = group_size<Vec>((k1 - k0 + Unit::elements - 1) / Unit::elements);
+  for (int64_t k = k0; k < k1; k += Unit::elements, to += rows) {
+    const T* line = lines[k] + q;
+    const T* next = Unit::elements == 2 && k + 1 < k1 ? lines[k + 1] + q : nullptr;
+    const T* later = k + ahead < k1 ? lines[k + ahead] + q : line;
+    float* out = to;
+    int64_t i = 0;
+    for (; i + vectors <= num_q; i += rows, out += group) {
+      __builtin_prefetch(later + i);
+      for (int64_t j = 0; j < vectors; j += Vec::width) units_across<Vec, Unit>(line, next, i + j).store(out + j);
+    }
+    for (; i < num_q; i += rows, out += group) {
+      for (int64_t j = 0; j < rows && i + j < num_q; ++j) out[j] = unit_across<Unit>(line, next, i + j);
     }
   }
 }

@@ -1,174 +1,204 @@
 // One tile of a matrix product: pack V once, stream Q past it, keep sums in registers, L2 scratch or the output itself.
 #pragma once
 #include "cpu/kernels.h"
-#include "cpu/simd/gemm_micro.h"
+#include "cpu/simd/gemm_epilogue.h"
 #include "cpu/simd/gemm_pack.h"
 
 namespace xt::cpu {
 
-template <class Vec>
+template <class Vec, class Unit>
 class GemmTileRunner {
   static constexpr int64_t rows = Vec::tile_rows, cols = 2 * Vec::width;
-  static constexpr int64_t slice = 96 / rows * rows;  // rows of Q worked on at a time; they stay in L2
 
  public:
-  GemmTileRunner(const GemmTile& t, const GemmScratchSize& size, float* scratch)
+  GemmTileRunner(const GemmTile& t, float* scratch)
       : t_(t),
         p_(*t.problem),
-        blocks_(p_.num_k),
+        plan_(*t.plan),
+        blocks_((p_.num_k + Unit::elements - 1) / Unit::elements),
+        turned_(p_.out.v_stride != 1),
+        num_halves_(p_.epilogue.half ? 2 : 1),
         num_panels_((t.v1 - t.v0 + cols - 1) / cols),
+        v_halves_(turned_ ? 1 : num_halves_),
+        sums_row_(v_halves_ * num_panels_ * cols),
         packed_v_(scratch),
-        packed_q_(scratch + size.packed_v),
-        sums_(scratch + size.packed_v + size.packed_q),
+        packed_q_(scratch + plan_.packed_v),
+        sums_(scratch + plan_.packed_v + plan_.packed_q),
         direct_(sums_in_output(p_.out)) {}
 
   void run() {
-    const int64_t per_pass = k_blocks_per_pass(blocks_, num_panels_ * cols);
-    for (int64_t b0 = 0; b0 < blocks_.count; b0 += per_pass) {
-      const int64_t b1 = b0 + per_pass < blocks_.count ? b0 + per_pass : blocks_.count;
+    const bool waiting = plan_.blocks_per_pass < blocks_.count;  // with several passes over k the sums of all slices wait in scratch
+    const int64_t q_halves = turned_ ? num_halves_ : 1;
+    for (int64_t b0 = 0; b0 < blocks_.count; b0 += plan_.blocks_per_pass) {
+      const int64_t b1 = min(blocks_.count, b0 + plan_.blocks_per_pass);
       for (int64_t b = b0; b < b1; ++b) pack_v(b, packed_block(b - b0));
-      for (int64_t q = t_.q0; q < t_.q1; q += slice) {
-        const int64_t n = q + slice < t_.q1 ? slice : t_.q1 - q;
-        // With several passes over k the sums of all slices wait in scratch; with one, a single slice's do.
-        float* sums = per_pass < blocks_.count ? sums_ + (q - t_.q0) * num_panels_ * cols : sums_;
-        for (int64_t b = b0; b < b1; ++b) multiply(q, n, b, packed_block(b - b0), sums);
-        if (!direct_ && b1 == blocks_.count) write(q, n, sums);
+      for (int64_t q = t_.q0; q < t_.q1; q += plan_.slice) {
+        const int64_t n = min(plan_.slice, t_.q1 - q);
+        for (int64_t half = 0; half < q_halves; ++half) {
+          float* sums = waiting ? sums_ + (half * (t_.q1 - t_.q0) + q - t_.q0) * sums_row_ : sums_;
+          const int64_t from = q + half * p_.epilogue.half;
+          const QView view = view_q(from, n, b0, b1);
+          for (int64_t b = b0; b < b1; ++b) multiply(from, n, b, view.block(b - b0), packed_block(b - b0), sums);
+          if (b1 == blocks_.count) finish(from, n, sums);
+        }
+        if (b1 == blocks_.count && p_.epilogue.half) activate<Vec>(p_, t_, q, n);
       }
     }
+    if (streams()) Vec::fence();
   }
 
  private:
-  float* packed_block(int64_t i) const { return packed_v_ + i * num_panels_ * cols * blocks_.length; }
-  int64_t begin(int64_t b) const { return b * blocks_.length; }
-  int64_t length(int64_t b) const {
-    return begin(b) + blocks_.length < p_.num_k ? blocks_.length : p_.num_k - begin(b);
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  float* packed_block(int64_t i) const { return packed_v_ + i * sums_row_ * blocks_.length; }
+  int64_t k0(int64_t b) const { return b * blocks_.length * Unit::elements; }
+  int64_t k1(int64_t b) const { return min(p_.num_k, k0(b + 1)); }
+  int64_t units(int64_t b) const { return (k1(b) - k0(b) + Unit::elements - 1) / Unit::elements; }
+
+  // The output is written only once, and by whole vectors.
+  bool streams() const {
+    const int64_t vector = Vec::width * size_of(p_.out.dtype);
+    return t_.stream && (!direct_ || blocks_.count == 1) && !turned_ && !p_.out.accumulate && !p_.epilogue.bias &&
+           !p_.epilogue.half && p_.out.q_stride % Vec::width == 0 && reinterpret_cast<uintptr_t>(p_.out.data) % vector == 0;
   }
 
   template <class T>
-  static const T* at(const GemmSide& side, int64_t i, int64_t k) {
-    return static_cast<const T*>(side.data) + i * side.row + k * side.col;
+  static Lines<T> lines(const GemmSide& s) {
+    return {static_cast<const T*>(s.data), s.row == 1 ? s.col : s.row, s.index, s.divisor, static_cast<const T*>(s.zeros)};
   }
 
   void pack_v(int64_t b, float* to) const {
-    p_.v.dtype == DType::f32 ? pack_v_typed<float>(b, to) : pack_v_typed<bf16_t>(b, to);
+    for (int64_t half = 0; half < v_halves_; ++half, to += num_panels_ * cols * blocks_.length) {
+      const int64_t v0 = t_.v0 + half * p_.epilogue.half;
+      if constexpr (Unit::elements == 1) {
+        if (p_.v.dtype == DType::f32) {
+          pack_v_typed<float>(v0, b, to);
+          continue;
+        }
+      }
+      pack_v_typed<bf16_t>(v0, b, to);
+    }
   }
 
   template <class T>
-  void pack_v_typed(int64_t b, float* to) const {
-    const GemmSide& s = p_.v;
+  void pack_v_typed(int64_t v0, int64_t b, float* to) const {
     const int64_t num_v = t_.v1 - t_.v0, panel = cols * blocks_.length;
-    if (s.row == 1) return pack_panels_copied<Vec>(at<T>(s, t_.v0, begin(b)), s.col, num_v, length(b), to, panel);
+    const Lines<T> from = lines<T>(p_.v);
+    if (p_.v.row == 1) return pack_panels_copied<Vec, Unit>(from, v0, num_v, k0(b), k1(b), to, panel);
     for (int64_t v = 0; v < num_v; v += cols, to += panel) {
-      const int64_t n = num_v - v < cols ? num_v - v : cols;
-      pack_panel_transposed<Vec>(at<T>(s, t_.v0 + v, begin(b)), s.row, n, length(b), to);
+      const int64_t n = min(cols, num_v - v);
+      pack_panel_transposed<Vec, Unit>(from, v0 + v, n, columns_read(n), k0(b), k1(b), to);
     }
   }
 
-  // Where the innermost loop finds rows [q, q + n) of Q in k block b.
+  // Where the innermost loop finds Q: groups of `rows` rows, `group` from one to the next.
   struct QView {
     const float* data;
-    int64_t row, col, group;  // group: from one tile_rows group to the next
+    int64_t row, col, rows, group, block_length;
+    QView block(int64_t i) const { return {data + i * block_length * col, row, col, rows, group, block_length}; }
   };
 
-  QView view_q(int64_t q, int64_t n, int64_t b) const {
-    const GemmSide& s = p_.q;
-    const int64_t num_k = length(b);
-    if (s.col == 1) {
-      if (s.dtype == DType::f32) return {at<float>(s, q, begin(b)), s.row, 1, rows * s.row};
-      const int64_t row = KBlocks::longest + 16;  // not a power of two: rows must not fight for the same cache sets
-      pack_rows<Vec>(at<bf16_t>(s, q, begin(b)), s.row, n, num_k, packed_q_, row);
-      return {packed_q_, row, 1, rows * row};
+  QView view_q(int64_t q, int64_t n, int64_t b0, int64_t b1) const {
+    if (reads_q_in_place()) return view_in_place(q, b0);
+    if constexpr (Unit::elements == 1) {
+      if (p_.q.dtype == DType::f32) return pack_q<float>(q, n, k0(b0), k1(b1 - 1));
     }
-    if (s.dtype == DType::f32) {
-      pack_groups<Vec>(at<float>(s, q, begin(b)), s.col, n, num_k, packed_q_);
-    } else {
-      pack_groups<Vec>(at<bf16_t>(s, q, begin(b)), s.col, n, num_k, packed_q_);
-    }
-    return {packed_q_, 1, rows, rows * num_k};
+    return pack_q<bf16_t>(q, n, k0(b0), k1(b1 - 1));
   }
 
-  void multiply(int64_t q, int64_t n, int64_t b, const float* v_block, float* sums) const {
-    const QView view = view_q(q, n, b);
-    const int64_t num_k = length(b);
+  // Units along k that lie in memory as the innermost loop wants them need no copy.
+  bool reads_q_in_place() const {
+    if (p_.q.col != 1 || p_.q.index) return false;
+    if constexpr (Unit::elements == 1) return p_.q.dtype == DType::f32;
+    return p_.q.row % 2 == 0 && reinterpret_cast<uintptr_t>(p_.q.data) % 4 == 0;
+  }
+
+  QView view_in_place(int64_t q, int64_t b0) const {
+    const int64_t row = p_.q.row / Unit::elements;
+    // Lines a page apart fall into the same set of the first cache: no more of them at a time than it has ways.
+    const int64_t together = rows > 8 && row * 4 % 4096 == 0 ? rows / 2 : rows;
+    return {static_cast<const float*>(p_.q.data) + q * row + b0 * blocks_.length, row, 1, together, together * row, blocks_.length};
+  }
+
+  template <class T>
+  QView pack_q(int64_t q, int64_t n, int64_t from, int64_t to) const {
+    const Lines<T> side = lines<T>(p_.q);
+    if (p_.q.col == 1) {
+      pack_rows<Vec, Unit>(side, q, n, from, to, packed_q_, plan_.packed_q_row);
+      return {packed_q_, plan_.packed_q_row, 1, rows, rows * plan_.packed_q_row, blocks_.length};
+    }
+    pack_groups<Vec, Unit>(side, q, n, from, to, packed_q_);
+    return {packed_q_, 1, rows, rows, group_size<Vec>((to - from + Unit::elements - 1) / Unit::elements), blocks_.length};
+  }
+
+  // By the innermost loop, for a panel with n columns.
+  static int64_t columns_read(int64_t n) { return n > Vec::width ? cols : n > Vec::Half::width ? Vec::width : Vec::Half::width; }
+
+  static MicroFn micro_of(int64_t n, int64_t m) {
+    if (n > Vec::width) return micro_for<Vec, Unit, 2>(m);
+    if (n > Vec::Half::width) return micro_for<Vec, Unit, 1>(m);
+    return micro_for<typename Vec::Half, Unit, 1>(m);
+  }
+
+  void multiply(int64_t q, int64_t n, int64_t b, const QView& view, const float* v_block, float* sums) const {
+    const int64_t row = direct_ ? p_.out.q_stride : sums_row_;
     const bool add = b > 0 || (direct_ && p_.out.accumulate);
-    const int64_t row = direct_ ? p_.out.q_stride : num_panels_ * cols;
-    float* to = direct_ ? static_cast<float*>(p_.out.data) + q * row + t_.v0 : sums;
-    for (int64_t panel = 0; panel < num_panels_; ++panel, v_block += cols * blocks_.length, to += cols) {
-      const int64_t width = t_.v1 - t_.v0 - panel * cols;
-      const bool cut = direct_ && width < cols;  // storing whole vectors would run over the output's edge
-      for (int64_t i = 0; i < n; i += rows) {
-        const int64_t m = n - i < rows ? n - i : rows;
-        const MicroFn fn = width > Vec::width ? micro_for<Vec, 2>(m) : micro_for<Vec, 1>(m);
-        const float* from = view.data + i / rows * view.group;
-        if (!cut) {
-          fn(num_k, from, view.row, view.col, v_block, cols, to + i * row, row, add);
-        } else {
-          float edge[rows * cols];
-          fn(num_k, from, view.row, view.col, v_block, cols, edge, cols, false);
-          for (int64_t r = 0; r < m; ++r) {
-            float* o = to + (i + r) * row;
-            for (int64_t j = 0; j < width; ++j) o[j] = add ? o[j] + edge[r * cols + j] : edge[r * cols + j];
+    const Store store = add ? Store::add : direct_ && streams() ? Store::stream : Store::set;
+    for (int64_t half = 0; half < v_halves_; ++half) {
+      float* to = direct_ ? static_cast<float*>(p_.out.data) + q * row + t_.v0 + half * p_.epilogue.half
+                          : sums + half * num_panels_ * cols;
+      for (int64_t v = t_.v0; v < t_.v1; v += cols, v_block += cols * blocks_.length, to += cols) {
+        const int64_t width = min(cols, t_.v1 - v);
+        for (int64_t i = 0; i < n; i += view.rows) {
+          const int64_t m = min(view.rows, n - i);
+          const float* from = view.data + i / view.rows * view.group;
+          const MicroFn fn = micro_of(width, m);
+          if (!direct_ || width == cols) {
+            fn(units(b), from, view.row, view.col, v_block, cols, to + i * row, row, store);
+          } else {  // storing whole vectors would run over the output's edge
+            float edge[rows * cols];
+            fn(units(b), from, view.row, view.col, v_block, cols, edge, cols, Store::set);
+            for (int64_t r = 0; r < m; ++r) {
+              float* o = to + (i + r) * row;
+              for (int64_t j = 0; j < width; ++j) o[j] = add ? o[j] + edge[r * cols + j] : edge[r * cols + j];
+            }
           }
         }
       }
     }
   }
 
-  void write(int64_t q, int64_t n, const float* sums) const {
-    if (p_.out.dtype == DType::f32) {
-      p_.out.v_stride == 1 ? write_rows<float>(q, n, sums) : write_transposed<float>(q, n, sums);
+  // Rows [q, q + n) have their sums: bring them to the output.
+  void finish(int64_t q, int64_t n, const float* sums) const {
+    if (direct_) {
+      if (p_.epilogue.bias) add_bias<Vec>(p_, t_, q, n);
+    } else if (p_.out.dtype == DType::f32) {
+      write_sums<Vec, float>(p_, t_, q, n, sums, sums_row_, num_panels_ * cols);
+    } else if (streams()) {
+      stream_sums<Vec, bf16_t>(p_, t_, q, n, sums, sums_row_);
     } else {
-      p_.out.v_stride == 1 ? write_rows<bf16_t>(q, n, sums) : write_transposed<bf16_t>(q, n, sums);
-    }
-  }
-
-  template <class T>
-  void put(const float* from, T* to, int64_t n) const {
-    int64_t i = 0;
-    for (; i < n; i += Vec::width) {
-      const int rest = n - i < Vec::width ? static_cast<int>(n - i) : 0;
-      Vec x = rest ? Vec::load(from + i, rest) : Vec::load(from + i);
-      if (p_.out.accumulate) x = (rest ? Vec::load(to + i, rest) : Vec::load(to + i)) + x;
-      rest ? x.store(to + i, rest) : x.store(to + i);
-    }
-  }
-
-  template <class T>
-  void write_rows(int64_t q, int64_t n, const float* sums) const {
-    T* out = static_cast<T*>(p_.out.data) + q * p_.out.q_stride + t_.v0;
-    for (int64_t i = 0; i < n; ++i) put(sums + i * num_panels_ * cols, out + i * p_.out.q_stride, t_.v1 - t_.v0);
-  }
-
-  // Output rows run along q: turn `block` columns of the sums at a time.
-  template <class T>
-  void write_transposed(int64_t q, int64_t n, const float* sums) const {
-    constexpr int64_t block = Vec::block;
-    float turned[block * slice];
-    const int64_t sums_row = num_panels_ * cols, num_v = t_.v1 - t_.v0;
-    T* out = static_cast<T*>(p_.out.data) + t_.v0 * p_.out.v_stride + q;
-    for (int64_t v = 0; v < num_v; v += block) {
-      int64_t i = 0;
-      for (; i + block <= n; i += block) Vec::transpose(sums + i * sums_row + v, sums_row, turned + i, slice);
-      for (; i < n; ++i) {
-        for (int64_t j = 0; j < block; ++j) turned[j * slice + i] = sums[i * sums_row + v + j];
-      }
-      for (int64_t j = 0; j < block && v + j < num_v; ++j) put(turned + j * slice, out + (v + j) * p_.out.v_stride, n);
+      write_sums<Vec, bf16_t>(p_, t_, q, n, sums, sums_row_, num_panels_ * cols);
     }
   }
 
   const GemmTile& t_;
   const GemmProblem& p_;
+  const GemmPlan& plan_;
   const KBlocks blocks_;
-  const int64_t num_panels_;
+  const bool turned_;         // the output's rows run along q
+  const int64_t num_halves_;  // 2: gate and up
+  const int64_t num_panels_;  // of one half
+  const int64_t v_halves_;    // halves side by side along v
+  const int64_t sums_row_;
   float* const packed_v_;
   float* const packed_q_;
   float* const sums_;
   const bool direct_;
 };
 
-template <class Vec>
-void gemm_tile(const GemmTile& tile, const GemmScratchSize& size, float* scratch) {
-  GemmTileRunner<Vec>(tile, size, scratch).run();
+template <class Vec, class Unit>
+void gemm_tile(const GemmTile& tile, float* scratch) {
+  GemmTileRunner<Vec, Unit>(tile, scratch).run();
 }
 
 }  // namespace xt::cpu

@@ -9,11 +9,12 @@ struct Swiglu {
   Vec alpha, limit, up_offset;
   bool limited;
 
-  XT_INLINE explicit Swiglu(const SwigluRows& a)
-      : alpha(Vec::all(a.alpha)),
-        limit(Vec::all(a.limit)),
-        up_offset(Vec::all(a.up_offset)),
-        limited(a.limit < __builtin_inff()) {}
+  XT_INLINE Swiglu(float alpha, float limit, float up_offset)
+      : alpha(Vec::all(alpha)),
+        limit(Vec::all(limit)),
+        up_offset(Vec::all(up_offset)),
+        limited(limit < __builtin_inff()) {}
+  XT_INLINE explicit Swiglu(const SwigluRows& a) : Swiglu(a.alpha, a.limit, a.up_offset) {}
 
   XT_INLINE Vec sigmoid(Vec z) const { return Vec::all(1.0f) / (Vec::all(1.0f) + exp(Vec::zero() - z)); }
   XT_INLINE Vec cut_gate(Vec g) const { return limited ? select_gt(g, limit, limit, g) : g; }
@@ -26,6 +27,14 @@ struct Swiglu {
   XT_INLINE Vec forward(Vec g, Vec u) const {
     g = cut_gate(g);
     return g * sigmoid(alpha * g) * (cut_up(u) + up_offset);
+  }
+
+  template <class T>
+  XT_INLINE void forward_row(const T* gate, const T* up, T* out, int64_t n) const {
+    int64_t i = 0;
+    for (; i + Vec::width <= n; i += Vec::width) forward(Vec::load(gate + i), Vec::load(up + i)).store(out + i);
+    const int rest = static_cast<int>(n - i);
+    if (rest) forward(Vec::load(gate + i, rest), Vec::load(up + i, rest)).store(out + i, rest);
   }
 
   // d(out)/d(gate) = s + alpha g s (1 - s) with s = sigmoid(alpha g), times (up + offset); d(out)/d(up) = g s.
@@ -44,14 +53,9 @@ struct Swiglu {
 template <class Vec, class T>
 void swiglu_typed(const SwigluRows& a, int64_t begin, int64_t end) {
   const Swiglu<Vec> f(a);
-  const int64_t width = a.width, whole = width - width % Vec::width;
-  const int rest = static_cast<int>(width - whole);
   for (int64_t r = begin; r < end; ++r) {
-    const T* gate = static_cast<const T*>(a.x) + r * 2 * width;
-    const T* up = gate + width;
-    T* out = static_cast<T*>(a.out) + r * width;
-    for (int64_t i = 0; i < whole; i += Vec::width) f.forward(Vec::load(gate + i), Vec::load(up + i)).store(out + i);
-    if (rest) f.forward(Vec::load(gate + whole, rest), Vec::load(up + whole, rest)).store(out + whole, rest);
+    const T* gate = static_cast<const T*>(a.x) + r * 2 * a.width;
+    f.forward_row(gate, gate + a.width, static_cast<T*>(a.out) + r * a.width, a.width);
   }
 }
 

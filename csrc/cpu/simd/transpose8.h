@@ -1,4 +1,4 @@
-// 8 x 8 transpose in AVX registers, widening bfloat16 on the way.
+// 8 x 8 transpose of 32-bit units in AVX registers; see gemm_pack.h for units.
 #pragma once
 #include <immintrin.h>
 
@@ -13,12 +13,22 @@ static XT_INLINE __m256 load8(const bf16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-// to[j * to_row + i] = from[i * from_row + j]
-template <class T>
-static XT_INLINE void transpose8(const T* from, int64_t from_row, float* to, int64_t to_row) {
-  const __m256 r0 = load8(from), r1 = load8(from + from_row), r2 = load8(from + 2 * from_row),
-               r3 = load8(from + 3 * from_row), r4 = load8(from + 4 * from_row), r5 = load8(from + 5 * from_row),
-               r6 = load8(from + 6 * from_row), r7 = load8(from + 7 * from_row);
+template <class Unit, class T>
+static XT_INLINE __m256 load8_units(const T* p) {
+  if constexpr (Unit::elements == 2) {
+    return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  } else {
+    return load8(p);
+  }
+}
+
+// to[j * to_row + i] = unit j of rows[i] + at, for i, j < 8
+template <class Unit, class T>
+static XT_INLINE void transpose8(const T* const* rows, int64_t at, float* to, int64_t to_row) {
+  const __m256 r0 = load8_units<Unit>(rows[0] + at), r1 = load8_units<Unit>(rows[1] + at),
+               r2 = load8_units<Unit>(rows[2] + at), r3 = load8_units<Unit>(rows[3] + at),
+               r4 = load8_units<Unit>(rows[4] + at), r5 = load8_units<Unit>(rows[5] + at),
+               r6 = load8_units<Unit>(rows[6] + at), r7 = load8_units<Unit>(rows[7] + at);
   const __m256 a0 = _mm256_unpacklo_ps(r0, r1), a1 = _mm256_unpackhi_ps(r0, r1), a2 = _mm256_unpacklo_ps(r2, r3),
                a3 = _mm256_unpackhi_ps(r2, r3), a4 = _mm256_unpacklo_ps(r4, r5), a5 = _mm256_unpackhi_ps(r4, r5),
                a6 = _mm256_unpacklo_ps(r6, r7), a7 = _mm256_unpackhi_ps(r6, r7);

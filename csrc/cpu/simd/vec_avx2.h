@@ -15,6 +15,7 @@ struct Vec {
   typedef float Floats __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
   __m256 v;
+  using Half = Vec;  // of the GEMM: for tiles with few columns
 
   static XT_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
   static XT_INLINE Vec all(float f) { return {_mm256_set1_ps(f)}; }
@@ -42,11 +43,11 @@ struct Vec {
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(sum, quiet_nan, is_nan);
   }
-  XT_INLINE void store(bf16_t* p) const {
+  XT_INLINE __m128i narrow8() const {
     const __m256i high = _mm256_srli_epi32(rounded(), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
   }
+  XT_INLINE void store(bf16_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow8()); }
   template <class T>
   XT_INLINE void store(T* p, int n) const {
     T t[width];
@@ -67,6 +68,7 @@ struct Vec {
   }
   // stream: past the cache, to memory aligned to the vector; seen by other threads after fence().
   XT_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  XT_INLINE void stream(bf16_t* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow8()); }
   static XT_INLINE void stream_pair(bf16_t* p, Vec even, Vec odd) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(even, odd));
   }
@@ -87,10 +89,10 @@ struct Vec {
     const __m128i pair = _mm_max_epi32(half, _mm_unpackhi_epi64(half, half));
     return _mm_cvtsi128_si32(_mm_max_epi32(pair, _mm_shuffle_epi32(pair, 1)));
   }
-  // to[j * to_row + i] = from[i * from_row + j] for i, j < block
-  template <class T>
-  static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
-    transpose8(from, from_row, to, to_row);
+  // to[j * to_row + i] = unit j of rows[i] + at, for i, j < block
+  template <class Unit, class T>
+  static XT_INLINE void transpose(const T* const* rows, int64_t at, float* to, int64_t to_row) {
+    transpose8<Unit>(rows, at, to, to_row);
   }
 };
 

@@ -1,4 +1,4 @@
-// Sixteen floats; AVX-512 F, BW, DQ, VL.
+// Sixteen floats; AVX-512 F, BW, DQ, VL, and in its own namespace the same with BF16.
 #pragma once
 #include <immintrin.h>
 
@@ -6,7 +6,26 @@
 #include "cpu/simd/fp8.h"
 #include "cpu/simd/transpose8.h"
 
-namespace xt::cpu::avx512 {
+#ifdef __AVX512BF16__
+#define XT_AVX512 avx512bf16
+#else
+#define XT_AVX512 avx512
+#endif
+
+namespace xt::cpu::XT_AVX512 {
+
+// Eight floats, for GEMM tiles with few columns: half the lanes, but two of them per cycle.
+struct HalfVec {
+  static constexpr int width = 8;
+  static constexpr int tile_rows = 14;
+  __m256 v;
+
+  static XT_INLINE HalfVec zero() { return {_mm256_setzero_ps()}; }
+  static XT_INLINE HalfVec all(float f) { return {_mm256_set1_ps(f)}; }
+  static XT_INLINE HalfVec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  XT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  XT_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+};
 
 struct Vec {
   static constexpr int width = 16;
@@ -15,6 +34,7 @@ struct Vec {
   typedef float Floats __attribute__((vector_size(64)));
   typedef int32_t Ints __attribute__((vector_size(64)));
   __m512 v;
+  using Half = HalfVec;
 
   static XT_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static XT_INLINE __m512 widen16(__m256i h) {
@@ -57,6 +77,7 @@ struct Vec {
   static XT_INLINE void store_pair(bf16_t* p, Vec even, Vec odd) { _mm512_storeu_si512(p, narrow_pair(even, odd)); }
   // stream: past the cache, to memory aligned to the vector; seen by other threads after fence().
   XT_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  XT_INLINE void stream(bf16_t* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow16()); }
   static XT_INLINE void stream_pair(bf16_t* p, Vec even, Vec odd) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(even, odd));
   }
@@ -72,13 +93,26 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)))};
   }
   static XT_INLINE int32_t largest(Ints i) { return _mm512_reduce_max_epi32((__m512i)i); }
-  // to[j * to_row + i] = from[i * from_row + j] for i, j < block
-  template <class T>
-  static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
-    transpose8(from, from_row, to, to_row);
+#ifdef __AVX512BF16__
+  // Pairs as they lie in memory.
+  static XT_INLINE Vec load_units(const bf16_t* p) { return {_mm512_loadu_ps(p)}; }
+  // Lane i: element i of `even` in the low half, of `odd` (or zero) in the high half.
+  static XT_INLINE Vec load_pairs(const bf16_t* even) {
+    return {_mm512_castsi512_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even))))};
+  }
+  static XT_INLINE Vec load_pairs(const bf16_t* even, const bf16_t* odd) {
+    return {_mm512_or_ps(load(odd).v, load_pairs(even).v)};
+  }
+#endif
+  // to[j * to_row + i] = unit j of rows[i] + at, for i, j < block
+  template <class Unit, class T>
+  static XT_INLINE void transpose(const T* const* rows, int64_t at, float* to, int64_t to_row) {
+    transpose8<Unit>(rows, at, to, to_row);
   }
 };
 
+static XT_INLINE HalfVec operator+(HalfVec a, HalfVec b) { return {_mm256_add_ps(a.v, b.v)}; }
+static XT_INLINE HalfVec fma(HalfVec a, HalfVec b, HalfVec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static XT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 static XT_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static XT_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -95,4 +129,14 @@ static XT_INLINE Vec exp2_of_biased(Vec t) {
 }
 static XT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
-}  // namespace xt::cpu::avx512
+#ifdef __AVX512BF16__
+// Per lane two products of bfloat16, added to c.
+static XT_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+static XT_INLINE HalfVec dot_pairs(HalfVec a, HalfVec b, HalfVec c) {
+  return {_mm256_dpbf16_ps(c.v, (__m256bh)a.v, (__m256bh)b.v)};
+}
+#endif
+
+}  // namespace xt::cpu::XT_AVX512

@@ -14,6 +14,7 @@ struct Vec {
   typedef uint32_t Bits __attribute__((vector_size(16)));
   static constexpr int32_t upper_half = static_cast<int32_t>(0xffff0000u);
   Floats v;
+  using Half = Vec;  // of the GEMM: for tiles with few columns
 
   // Rounded to bf16 in the upper half of each element; the lower half holds anything.
   XT_INLINE Bits rounded() const {
@@ -60,7 +61,10 @@ struct Vec {
     __builtin_memcpy(p, &both, 16);
   }
   // stream: past the cache elsewhere; the compilers have no common word for it.
-  XT_INLINE void stream(float* p) const { store(p); }
+  template <class T>
+  XT_INLINE void stream(T* p) const {
+    store(p);
+  }
   static XT_INLINE void stream_pair(bf16_t* p, Vec even, Vec odd) { store_pair(p, even, odd); }
   static XT_INLINE void fence() {}
   static XT_INLINE Vec of(Ints bits) { return {(Floats)bits}; }
@@ -79,11 +83,10 @@ struct Vec {
     const int32_t a = i[0] > i[1] ? i[0] : i[1], b = i[2] > i[3] ? i[2] : i[3];
     return a > b ? a : b;
   }
-  // to[j * to_row + i] = from[i * from_row + j] for i, j < block
-  template <class T>
-  static XT_INLINE void transpose(const T* from, int64_t from_row, float* to, int64_t to_row) {
-    const Floats a = load(from).v, b = load(from + from_row).v, c = load(from + 2 * from_row).v,
-                 d = load(from + 3 * from_row).v;
+  // to[j * to_row + i] = rows[i][at + j] for i, j < block
+  template <class Unit, class T>
+  static XT_INLINE void transpose(const T* const* rows, int64_t at, float* to, int64_t to_row) {
+    const Floats a = load(rows[0] + at).v, b = load(rows[1] + at).v, c = load(rows[2] + at).v, d = load(rows[3] + at).v;
     for (int j = 0; j < block; ++j) Vec{Floats{a[j], b[j], c[j], d[j]}}.store(to + j * to_row);
   }
 };
