@@ -10,7 +10,7 @@ namespace {
 // A counting sort over blocks of choices (flat t*K + k). Every block ranks its choices within their experts, a scan
 // over (block, expert) gives each block its first row of each expert, and every block then writes its rows: stable
 // however many blocks there are, and no pass waits for its own last store to the same counter.
-constexpr int64_t min_block = 16384;  // some 20 us of work, several times what waking a thread takes
+constexpr int64_t min_block = 32768;  // some 50 us of work, several times what waking a thread takes
 constexpr int64_t blocks_per_thread = 4;
 
 // rank[i] = earlier choices of the same expert in this block. `counts` has a place for dropped choices before expert 0.

@@ -103,14 +103,22 @@ XT_INLINE float scale_row(float p, const T* x, T* out, int64_t n, const T* b, co
   return Dot ? sum((sums[0].a + sums[0].b) + (sums[1].a + sums[1].b)) : 0.0f;
 }
 
+// As floats whatever they are: loads and stores change no bits.
 template <bool Stream, class Vec>
 XT_INLINE void copy_row(const void* x, void* out, int64_t bytes) {
-  if constexpr (Stream) {
-    const float* from = static_cast<const float*>(x);
-    float* to = static_cast<float*>(out);
-    for (int64_t i = 0; i < bytes / 4; i += Vec::width) Vec::load(from + i).stream(to + i);
-  } else if (bytes) {
-    __builtin_memcpy(out, x, static_cast<size_t>(bytes));
+  const float* from = static_cast<const float*>(x);
+  float* to = static_cast<float*>(out);
+  int64_t i = 0;
+  for (; i + 4 * Vec::width <= bytes / 4; i += 4 * Vec::width) {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t at = i + j * Pair<Vec>::width;
+      Pair<Vec>::load(from + at).template store<Stream>(to + at);
+    }
+  }
+  const int64_t done = 4 * i;
+  if (done < bytes) {
+    __builtin_memcpy(static_cast<char*>(out) + done, static_cast<const char*>(x) + done,
+                     static_cast<size_t>(bytes - done));
   }
 }
 
