@@ -76,15 +76,16 @@ TEST(RouteMap, Fuzz) {
 }
 
 TEST(RouteMap, NamesTheFirstBadIndexWhateverTheThreadCount) {
-  std::vector<int64_t> idx(20000, 1);
+  std::vector<int64_t> idx(80000, 1);
   idx[9001] = 7;
-  idx[15000] = -2;
+  idx[70000] = -2;
   for (int threads : {1, 8}) {
-    expect_error([&] { run(idx, 10000, 2, 4, 20000, 1, threads); },
+    expect_error([&] { run(idx, 40000, 2, 4, 80000, 1, threads); },
                  "route_map: topk_idx[4500, 1] (token 4500) must be in [-1, E=4), got 7");
   }
   idx[9001] = 0;
-  expect_error([&] { run(idx, 10000, 2, 4, 20000, 1, 2); }, "topk_idx[7500, 0] (token 7500) must be in [-1, E=4), got -2");
+  expect_error([&] { run(idx, 40000, 2, 4, 80000, 1, 2); },
+               "topk_idx[35000, 0] (token 35000) must be in [-1, E=4), got -2");
 }
 
 TEST(RouteMap, RefusesWhatItCannotHold) {
