@@ -9,16 +9,18 @@ CTEST := $(VENV)/bin/ctest
 export OMP_WAIT_POLICY := PASSIVE
 CORES := $(shell nproc)
 
-.PHONY: setup quickstart test lint gtest pytest long sanitize prove bench wheel sft-smollm2 clean
+.PHONY: setup quickstart test lint gtest pytest long sanitize cuda prove bench wheel sft-smollm2 clean
 
 setup: $(VENV)/.ready
 
-# The environment, with the compiled core in it; made again when a requirement or a C++ file changes.
+# The environment, with the compiled core in it; made again when a requirement or a C++ file changes. Its torch knows no
+# GPU, so its core needs none either; `pip install .` builds the CUDA kernels wherever there is nvcc.
 $(VENV)/.ready: $(BUILD_INPUTS)
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed: make PYTHON=python3.12"'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements/cpu.txt -r requirements/runtime.txt -r requirements/build.txt -r requirements/test.txt
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -q --no-build-isolation --no-deps \
+		-C cmake.define.XT_CUDA=OFF -e .
 	touch $@
 
 quickstart: setup
@@ -33,7 +35,7 @@ lint: setup
 gtest: setup
 	sh third_party/install_gtest.sh
 	$(CMAKE) -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-		-DXT_PYTHON=OFF -DXT_TESTS=ON -DCMAKE_BUILD_TYPE=Release
+		-DXT_PYTHON=OFF -DXT_TESTS=ON -DXT_CUDA=OFF -DCMAKE_BUILD_TYPE=Release
 	$(CMAKE) --build build/gtest -j $(CORES)
 	$(CTEST) --test-dir build/gtest --output-on-failure -j $(CORES)
 
@@ -51,10 +53,24 @@ sanitize: setup
 	for kind in address,undefined thread; do \
 		dir=build/sanitize-$${kind%%,*}; \
 		$(CMAKE) -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-			-DXT_PYTHON=OFF -DXT_TESTS=ON -DXT_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+			-DXT_PYTHON=OFF -DXT_TESTS=ON -DXT_CUDA=OFF -DXT_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
 		$(CMAKE) --build $$dir -j $(CORES) && \
 		$(CTEST) --test-dir $$dir --output-on-failure -j $(CORES) || exit 1; \
 	done
+
+# Compiles every CUDA kernel, links a program with them and reads the machine code. Needs nvcc but no GPU.
+cuda: setup
+	if command -v nvcc >/dev/null; then \
+		$(PY) -m pip install -q --no-deps -r requirements/cuda.txt && \
+		sh third_party/install_gtest.sh && \
+		$(CMAKE) -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+			-DXT_PYTHON=OFF -DXT_TESTS=ON -DXT_CUDA=ON -DCMAKE_BUILD_TYPE=Release && \
+		$(CMAKE) --build build/cuda -j $(CORES) --target xt_cuda permute_test && \
+		build/cuda/tests/cpp/permute_test --gtest_brief=1 && \
+		$(PY) -m pytest -q -m nvcc tests/cuda; \
+	else \
+		echo "make cuda: skipped, as there is no nvcc on PATH"; \
+	fi
 
 # A wheel built in isolation, without torch, used from another directory.
 wheel: setup
@@ -66,7 +82,7 @@ bench: setup
 	$(PY) bench/ops/bench_ep.py
 	$(PY) bench/e2e.py
 
-prove: test long sanitize wheel
+prove: test long sanitize cuda wheel
 
 # Fine-tunes SmolLM2-135M on generated tasks and measures exact match before and after.
 sft-smollm2: setup

@@ -17,6 +17,12 @@ def init_exchange(tensor_type: type, use_table: bool = True) -> None:
 def build_info() -> dict[str, Any]:
     """version, compiler, backends {cpu, cuda, ascend: bool}, isa (in use), isas (usable here, slowest first)."""
 
+def watch_faults(word: Tensor) -> None:
+    """Kernels of the GPU that holds `word` (int64[1], -1) note bad values there from now on; never free it."""
+
+def describe_fault(word: int) -> str:
+    """What a word other than -1 says."""
+
 def force_isa(name: str | None) -> None:
     """For tests: run CPU kernels with one of build_info()["isas"]; None for the best one again."""
 
@@ -24,9 +30,19 @@ def keep_freed_memory() -> bool:
     """From now on large freed blocks of host memory are reused by this process, not returned; False without glibc."""
 
 def route_map(
-    topk_idx: Tensor, align: int, counts: Tensor, offsets: Tensor, row_of: Tensor, src: Tensor, num_threads: int
+    topk_idx: Tensor,
+    align: int,
+    counts: Tensor,
+    offsets: Tensor,
+    row_of: Tensor,
+    src: Tensor,
+    num_threads: int,
+    workspace: Tensor | None = None,
 ) -> None:
     """topk_idx i32|i64[T,K] (-1 drops) -> counts i32[E], offsets i64[E+1], row_of i32[T,K], src i32[R]."""
+
+def route_map_workspace_size(topk_idx: Tensor, num_experts: int) -> int:
+    """int32 values that route_map needs as workspace on the device of topk_idx; 0 on the CPU."""
 
 def permute(x: Tensor, row_of: Tensor, src: Tensor, out: Tensor, num_threads: int) -> None:
     """out[row_of[t,k]] = x[t], zero where src[r] == -1; row_of and src are each other's inverse."""

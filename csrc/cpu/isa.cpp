@@ -71,7 +71,11 @@ BuildInfo build_info() {
   info.compiler = "unknown";
 #endif
   info.cpu = true;
+#ifdef XT_CUDA
+  info.cuda = true;
+#else
   info.cuda = false;
+#endif
   info.ascend = false;
   info.isa = cpu::kernels().name;
   for (const cpu::Kernels* k : cpu::usable()) info.isas.emplace_back(k->name);

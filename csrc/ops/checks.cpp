@@ -87,8 +87,21 @@ void ArgChecker::memory(const char* name, const Tensor& t) {
   } else if (!(t.device == device_)) {
     fail(op_, ": ", name, " must be on ", name_of(device_), " like the arguments before it, got ", describe(t));
   }
+  const uint64_t past_16 = reinterpret_cast<uintptr_t>(t.data) % 16;
+  if (t.device.type == DeviceType::cuda && (t.dtype == DType::f32 || t.dtype == DType::bf16) && past_16) {
+    fail(op_, ": ", name, " must start at a multiple of 16 bytes, got ", describe(t), " starting ", past_16,
+         " bytes past one (a view into a larger tensor? clone() it)");
+  }
 }
 
-void ArgChecker::no_kernel() const { fail(op_, ": this build has no kernel for ", name_of(device_)); }
+void ArgChecker::no_kernel() const {
+#ifndef XT_CUDA
+  if (device_.type == DeviceType::cuda) {
+    fail(op_, ": got tensors on ", name_of(device_), ", but this build has no CUDA kernels: install xtuner again from "
+         "source with XT_CUDA=ON and nvcc on PATH (pip install . -C cmake.define.XT_CUDA=ON)");
+  }
+#endif
+  fail(op_, ": this version has no kernel for ", name_of(device_));
+}
 
 }  // namespace xt

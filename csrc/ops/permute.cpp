@@ -1,6 +1,7 @@
 #include "xtuner/ops/permute.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace xt {
@@ -13,6 +14,9 @@ void permute(const Tensor& x, const Tensor& row_of, const Tensor& src, const Ten
   check.tensor("out", out, {x.dtype}, {{"R", src.shape[0]}, {"H", x.shape[1]}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::permute(x, row_of, src, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::permute(x, row_of, src, out, stream);
+#endif
     default: check.no_kernel();
   }
 }

@@ -1,6 +1,7 @@
 #include "xtuner/ops/swiglu.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace xt {
@@ -21,6 +22,9 @@ void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, 
   check.tensor("out", out, {x.dtype}, {{"R", x.shape[0]}, {"I", x.shape[1] / 2}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::swiglu(x, offsets, params, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::swiglu(x, offsets, params, out, stream);
+#endif
     default: check.no_kernel();
   }
 }
@@ -33,6 +37,9 @@ void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, cons
   check.tensor("dx", dx, {x.dtype}, {{"R", x.shape[0]}, {"2I", x.shape[1]}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::swiglu_bwd(dout, x, offsets, params, dx, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::swiglu_bwd(dout, x, offsets, params, dx, stream);
+#endif
     default: check.no_kernel();
   }
 }

@@ -1,6 +1,7 @@
 #include "xtuner/ops/unpermute.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace xt {
@@ -14,6 +15,9 @@ void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const
   check.tensor("out", out, {y.dtype}, {tokens, {"H", y.shape[1]}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::unpermute(y, row_of, probs, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::unpermute(y, row_of, probs, out, stream);
+#endif
     default: check.no_kernel();
   }
 }
@@ -34,6 +38,9 @@ void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const
   check.require(!dprobs || y, "dprobs needs y, got none");
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::unpermute_bwd(dout, y, src, row_of, probs, dy, dprobs, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::unpermute_bwd(dout, y, src, row_of, probs, dy, dprobs, stream);
+#endif
     default: check.no_kernel();
   }
 }

@@ -14,12 +14,18 @@ namespace xt::python {
 namespace {
 
 void route_map(py::handle topk_idx, int64_t align, py::handle counts, py::handle offsets, py::handle row_of,
-               py::handle src, int num_threads) {
+               py::handle src, int num_threads, py::handle workspace) {
   const char* op = "route_map";
   Arg i(op, "topk_idx", topk_idx), c(op, "counts", counts), o(op, "offsets", offsets), r(op, "row_of", row_of),
       s(op, "src", src);
+  OptionalArg w(op, "workspace", workspace);
   py::gil_scoped_release nogil;
-  xt::route_map(*i, align, *c, *o, *r, *s, stream_of(i, num_threads));
+  xt::route_map(*i, align, *c, *o, *r, *s, stream_of(i, num_threads), w.get());
+}
+
+int64_t route_map_workspace_size(py::handle topk_idx, int64_t num_experts) {
+  const Arg i("route_map_workspace_size", "topk_idx", topk_idx);
+  return xt::route_map_workspace_size((*i).numel(), num_experts, (*i).device.type);
 }
 
 void permute(py::handle x, py::handle row_of, py::handle src, py::handle out, int num_threads) {
@@ -83,7 +89,8 @@ void swiglu_bwd(py::handle dout, py::handle x, py::handle offsets, double alpha,
 void bind_moe(py::module_& m) {
   using namespace py::literals;
   m.def("route_map", &route_map, "topk_idx"_a, "align"_a, "counts"_a, "offsets"_a, "row_of"_a, "src"_a,
-        "num_threads"_a);
+        "num_threads"_a, "workspace"_a = py::none());
+  m.def("route_map_workspace_size", &route_map_workspace_size, "topk_idx"_a, "num_experts"_a);
   m.def("permute", &permute, "x"_a, "row_of"_a, "src"_a, "out"_a, "num_threads"_a);
   m.def("unpermute", &unpermute, "y"_a, "row_of"_a, "probs"_a, "out"_a, "num_threads"_a);
   m.def("unpermute_bwd", &unpermute_bwd, "dout"_a, "y"_a, "src"_a, "row_of"_a, "probs"_a, "dy"_a, "dprobs"_a,

@@ -4,6 +4,7 @@
 #include "bind.h"
 #include "tensor_caster.h"
 #include "xtuner/build_info.h"
+#include "xtuner/device_fault.h"
 #include "xtuner/host_memory.h"
 
 namespace xt::python {
@@ -33,6 +34,8 @@ PYBIND11_MODULE(_C, m) {
   py::register_exception<Error>(m, "Error", PyExc_ValueError);
   m.def("init_exchange", &init_exchange, "tensor_type"_a, "use_table"_a = true);
   m.def("build_info", &build_info);
+  m.def("watch_faults", &watch_faults, "word"_a);
+  m.def("describe_fault", [](int64_t word) { return describe_fault(static_cast<uint64_t>(word)); }, "word"_a);
   m.def("force_isa", &force_isa, "name"_a);
   m.def("keep_freed_memory", &keep_freed_memory);
   bind_attention(m);

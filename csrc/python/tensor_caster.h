@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "xtuner/dlpack_abi.h"
 #include "xtuner/stream.h"
@@ -126,7 +127,31 @@ class OptionalArg {
   std::optional<Arg> arg_;
 };
 
-// The stream of the first argument's device, and the CPU threads a kernel may use.
-inline Stream stream_of(const Arg& first, int num_threads) { return {first.stream(), num_threads}; }
+// Where the kernels of each GPU note faults: by device index, null where nobody watches.
+inline std::vector<uint64_t*>& fault_words() {
+  static std::vector<uint64_t*> words;
+  return words;
+}
+
+// From now on the kernels of the word's device note faults in it; the caller keeps the tensor alive for ever.
+inline void watch_faults(py::handle word) {
+  const Arg arg("watch_faults", "word", word);
+  const Tensor& t = *arg;
+  if (t.dtype != DType::i64 || t.numel() != 1 || t.device.type != DeviceType::cuda) {
+    fail("watch_faults: word must be one int64 on a GPU");
+  }
+  auto& words = fault_words();
+  const auto index = static_cast<size_t>(t.device.index);
+  if (words.size() <= index) words.resize(index + 1);
+  words[index] = t.ptr<uint64_t>();
+}
+
+// The stream of the first argument's device, where that device's kernels note faults, and the CPU threads a kernel may use.
+inline Stream stream_of(const Arg& first, int num_threads) {
+  const Device device = (*first).device;
+  const auto index = static_cast<size_t>(device.index);
+  const bool watched = device.type == DeviceType::cuda && index < fault_words().size();
+  return {first.stream(), num_threads, watched ? fault_words()[index] : nullptr};
+}
 
 }  // namespace xt::python

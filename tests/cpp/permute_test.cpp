@@ -63,8 +63,14 @@ TEST(Permute, NamesBadArguments) {
   hollow.data = nullptr;
   expect_error(call(hollow, r, s, out.view()), "x has no memory behind it");
   Tensor all[4] = {x.view(), r, s, out.view()};
-  for (Tensor& t : all) t.device = {DeviceType::cuda, 1};
-  expect_error(call(all[0], all[1], all[2], all[3]), "permute: this build has no kernel for cuda:1");
+  for (Tensor& t : all) t.device = {DeviceType::ascend, 1};
+  expect_error(call(all[0], all[1], all[2], all[3]), "permute: this version has no kernel for npu:1");
+  // No machine has that many GPUs.
+  for (Tensor& t : all) t.device = {DeviceType::cuda, 1000};
+  expect_error(call(all[0], all[1], all[2], all[3]),
+               build_info().cuda ? "permute: CUDA error: "
+                                 : "permute: got tensors on cuda:1000, but this build has no CUDA kernels: install xtuner "
+                                   "again from source with XT_CUDA=ON and nvcc on PATH");
 }
 
 // The maps are checked before anything is written through them, and the first bad entry is named.

@@ -6,6 +6,7 @@ from xtuner.ops.ep import EpGroup, EpRoute
 from xtuner.ops.ep_combine import ep_combine
 from xtuner.ops.ep_dispatch import ep_dispatch
 from xtuner.ops.ep_prepare import ep_prepare
+from xtuner.ops.faults import raise_faults, watch_faults
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped
 from xtuner.ops.linear import linear
@@ -34,9 +35,11 @@ __all__ = [
     "quantize_1x128",
     "quantize_128x128",
     "quantize_rowcol",
+    "raise_faults",
     "rms_norm",
     "rotary",
     "route_map",
     "swiglu",
     "unpermute",
+    "watch_faults",
 ]

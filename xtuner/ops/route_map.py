@@ -24,7 +24,8 @@ def route_map(
         or -1; src int32[R], the flat choice t*K+k that fills a row, or -1 where none does.
 
     Raises:
-        OpError: an index outside [-1, num_experts), or more rows than `capacity`.
+        OpError: an index outside [-1, num_experts), or more rows than `capacity`; on a GPU it is
+            noted for `raise_faults`.
     """
     if capacity is None:
         capacity = topk_idx.numel() + num_experts * (align - 1)
@@ -40,7 +41,9 @@ def _outputs(topk_idx: Tensor, num_experts: int, capacity: int, align: int) -> t
 
 def _route_map(topk_idx: Tensor, num_experts: int, capacity: int, align: int):
     outputs = _outputs(topk_idx, num_experts, capacity, align)
-    _C.route_map(topk_idx, align, *outputs, torch.get_num_threads())
+    size = _C.route_map_workspace_size(topk_idx, num_experts)
+    workspace = topk_idx.new_empty(size, dtype=torch.int32) if size else None
+    _C.route_map(topk_idx, align, *outputs, torch.get_num_threads(), workspace)
     return outputs
 
 

@@ -14,7 +14,8 @@ struct SwigluParams {
 
 // out = gate * sigmoid(alpha * gate) * (up + up_offset) with gate = x[:, :I], up = x[:, I:], computed in fp32.
 //   x        f32 | bf16 [R, 2I]
-//   offsets  i64 [E+1] or null   rows >= offsets[E] become zero and are never read; null: all R rows count
+//   offsets  i64 [E+1] or null   rows >= offsets[E] become zero and are never read; null: all R rows count.
+//                                On a GPU only offsets[E] is looked at, and cut to [0, R] with a fault
 //   out      as x [R, I]
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, Stream stream);
 

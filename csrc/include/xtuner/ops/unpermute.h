@@ -6,7 +6,8 @@ namespace xt {
 
 // Sums each token's expert rows: out[t] = sum over k, in k order and in fp32, of probs[t,k] * y[row_of[t,k]].
 //   y       f32 | bf16 [R, H]
-//   row_of  i32 [T, K]          from route_map; -1 (dropped) adds nothing
+//   row_of  i32 [T, K]          from route_map; -1 (dropped) adds nothing; on a GPU values outside [-1, R) are taken for
+//                               -1, with a fault
 //   probs   f32 [T, K] or null  null: all weights are 1
 //   out     as y [T, H]
 void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const Tensor& out, Stream stream);
@@ -14,7 +15,8 @@ void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const
 // Gradient of unpermute.
 //   dout    f32 | bf16 [T, H]
 //   y       as dout [R, H] or null   needed when dprobs is wanted
-//   src     i32 [R]                  the inverse of row_of: src[row_of[t,k]] == t*K + k, -1 on rows that nobody owns
+//   src     i32 [R]                  the inverse of row_of: src[row_of[t,k]] == t*K + k, -1 on rows that nobody owns; where
+//                                    it is not, on a GPU, the choice counts as dropped and the row as nobody's, with a fault
 //   row_of  i32 [T, K]
 //   probs   f32 [T, K] or null
 //   dy      as dout [R, H]           out: dy[row_of[t,k]] = probs[t,k] * dout[t]; zero where src == -1

@@ -1,0 +1,22 @@
+// The CUDA kernels: same arguments as the ops, already checked for dtype, shape, contiguity and alignment.
+// They only put work on the stream: no allocation, no synchronisation, so every op can be captured into a CUDA graph.
+// Values (indices, offsets) are checked on the device: bad ones are skipped and noted in stream.fault.
+#pragma once
+#include "xtuner/ops/swiglu.h"
+#include "xtuner/stream.h"
+#include "xtuner/tensor.h"
+
+namespace xt::cuda {
+
+int64_t route_map_workspace_size(int64_t num_choices, int64_t num_experts);
+void route_map(const Tensor& topk_idx, int64_t align, const Tensor& counts, const Tensor& offsets,
+               const Tensor& row_of, const Tensor& src, const Tensor* workspace, Stream stream);
+void permute(const Tensor& x, const Tensor& row_of, const Tensor& src, const Tensor& out, Stream stream);
+void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const Tensor& out, Stream stream);
+void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const Tensor& row_of, const Tensor* probs,
+                   const Tensor& dy, const Tensor* dprobs, Stream stream);
+void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, Stream stream);
+void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
+                const Tensor& dx, Stream stream);
+
+}  // namespace xt::cuda

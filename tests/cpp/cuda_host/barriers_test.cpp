@@ -1,0 +1,60 @@
+// Mutation check: every barrier of the CUDA kernels is needed. The machine passes one barrier after another as if its
+// line were deleted, and some case of the tests must then fail.
+#include <filesystem>
+#include <fstream>
+#include <regex>
+
+#include "cases.h"
+
+namespace xt::test {
+namespace {
+
+std::set<std::string> barriers_in_the_sources() {
+  std::set<std::string> sites;
+  for (const auto& file : std::filesystem::directory_iterator(XT_CUDA_SOURCES)) {
+    std::ifstream in(file.path());
+    int number = 0;
+    for (std::string line; std::getline(in, line);) {
+      ++number;
+      if (std::regex_search(line, std::regex("^[^/]*__sync(threads|warp)\\("))) {
+        sites.insert(file.path().string() + ":" + std::to_string(number));
+      }
+    }
+  }
+  return sites;
+}
+
+// Enough of every kernel with barriers to need each of them.
+void run_kernels() {
+  Rng rng(5);
+  for (int64_t experts : {3, 70, 1100}) route_map_case(rng, DType::i32, 600, 4, experts, 16);
+  // One block takes two rounds only of very many choices.
+  route_map_case(rng, DType::i32, 132000, 4, 8, 1);
+}
+
+TEST(CudaBarriers, EveryOneIsReachedAndNeeded) {
+  cuda_host::barriers_seen().clear();
+  run_kernels();
+  const std::set<std::string> all = barriers_in_the_sources();
+  EXPECT_EQ(cuda_host::barriers_seen(), all);
+  EXPECT_GE(all.size(), 8u);
+  for (const std::string& site : all) {
+    bool failed = false;
+    for (unsigned seed : {0u, 1u, 3u}) {
+      cuda_host::set_schedule(seed);
+      cuda_host::skip_barrier(site);
+      try {
+        run_kernels();
+      } catch (const std::runtime_error&) {  // Violation or Mismatch
+        failed = true;
+        break;
+      }
+    }
+    EXPECT_TRUE(failed) << "nothing fails without the barrier at " << site;
+  }
+  cuda_host::skip_barrier("");
+  cuda_host::set_schedule(0);
+}
+
+}  // namespace
+}  // namespace xt::test

@@ -1,0 +1,30 @@
+// What one run of an op on the machine must show, as functions that the tests of the op and of its barriers share. They
+// throw Mismatch (or the machine throws Violation) so that the barriers' test can expect a failure.
+#pragma once
+#include "device.h"
+
+namespace xt::test {
+
+struct Mismatch : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Mismatch(message.str());
+}
+
+template <class T>
+void require_same(const std::vector<T>& got, const std::vector<T>& wanted, const char* name) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    require(got[i] == wanted[i], name, "[", i, "] is ", +got[i], ", on the CPU ", +wanted[i]);
+  }
+}
+
+// One random routing on the machine and on the CPU, bit for bit.
+void route_map_case(Rng& rng, DType index, int64_t tokens, int64_t choices, int64_t num_experts, int64_t align);
+
+}  // namespace xt::test

@@ -1,0 +1,49 @@
+// Runs kernels block after block on the host, each CUDA thread as a fibre that keeps the processor until it waits.
+// Every memory access of a kernel is checked (see hooks.cpp for how we learn of them); the first broken rule ends the
+// launch with a Violation.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+namespace cuda_host {
+
+struct Violation : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Calls run(call) in every thread of a grid. `call` holds the kernel's parameters, which kernels may read.
+void launch(unsigned blocks, unsigned threads, void* call, size_t call_bytes, void (*run)(void*));
+
+// The order in which the threads of a block run between barriers: 0 ascending, 1 descending, else shuffled.
+void set_schedule(unsigned seed);
+
+// "file:line" of every barrier that a kernel has reached; and one that kernels pass as if it were not there.
+std::set<std::string>& barriers_seen();
+void skip_barrier(const std::string& site);  // empty: none
+
+int& current_device();
+
+// ---- for kernels ----
+unsigned thread_index();
+unsigned block_index();
+unsigned block_size();
+unsigned grid_size();
+int lane_index();
+
+void sync_block(const char* file, int line);
+void sync_warp(const char* file, int line);
+uint64_t exchange(unsigned mask, uint64_t value, int from_lane);
+unsigned ballot(unsigned mask, bool value);
+unsigned match_any(unsigned mask, uint64_t value);
+int32_t atomic_add(int32_t* p, int32_t v);
+unsigned long long atomic_min(unsigned long long* p, unsigned long long v);
+
+// ---- for hooks.cpp ----
+// `unaligned`: the compiler knows no alignment as large as the access.
+void plain_access(const void* p, size_t bytes, bool write, bool unaligned);
+void undefined_behaviour(const std::string& what);
+
+}  // namespace cuda_host
