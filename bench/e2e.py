@@ -1,12 +1,14 @@
 """A whole training step, forward + backward + AdamW: our decoder against transformers' Qwen3-MoE.
 
     python bench/e2e.py [--dtype bfloat16 …] [--isa avx2] [--json FILE] [--profile]
+    python bench/e2e.py --apart [--json FILE]
     python bench/e2e.py --curve [--json FILE]
 
 All sides start from the same weights, see the same tokens and use the same optimizer, threads and dtype, in one
 process. They take turns step by step, so that whatever else runs on the machine disturbs all of them alike; read the
 best step where it is not idle. Losses are compared at every step. Freed memory is kept for reuse, as in our training
-engine, so transformers gains from that too.
+engine, so transformers gains from that too; not so with --apart, where each side has a process of its own and all but
+ours are as their users run them.
 
 --curve compares 50 losses on tokens that can be learned. --isa avx2 is a processor without bfloat16 instructions.
 """
@@ -31,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "ops")]
 
 import torch  # noqa: E402
+from apart import Apart  # noqa: E402
 from emulate import SETTINGS, run_as  # noqa: E402
 from parts import breakdown, dense_rate, print_table  # noqa: E402
 from timing import cpu_name  # noqa: E402
@@ -57,6 +60,14 @@ class Side:
     losses: list[float] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def cfg(self):
+        return self.model.cfg if isinstance(self, Ours) else None
+
     def step(self, ids: Tensor) -> None:
         faults, cpu, start = _page_faults(), time.process_time(), time.perf_counter()
         loss = self.loss(ids)
@@ -75,6 +86,7 @@ class Side:
                 "optimizer": end - backward,
                 "cpu": time.process_time() - cpu,
                 "page_faults": _page_faults() - faults,
+                "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             }
         )
 
@@ -106,6 +118,15 @@ class Ours(Side):
 class Theirs(Side):
     def loss(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids, labels=ids).loss
+
+
+def prepare_process(args: argparse.Namespace, keep_freed_memory: bool) -> str:
+    """Returns the emulated instruction set."""
+    emulated = run_as(args.isa)
+    if keep_freed_memory:
+        _C.keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    return emulated
 
 
 def make_sides(args: argparse.Namespace, dtype: torch.dtype) -> list[Side]:
@@ -192,6 +213,7 @@ def summarise(side: Side, warmup: int, num_tokens: int) -> dict:
         "best_backward_s": round(best["backward"], 3),
         "best_optimizer_s": round(best["optimizer"], 3),
         "least_cpu_s": round(min(seconds["cpu"] for seconds in timed), 3),
+        "peak_rss_gib": timed[-1]["peak_rss_gib"],
         "median_page_faults": statistics.median(seconds["page_faults"] for seconds in timed),
         "tokens_per_s_median": round(num_tokens / median, 1),
         "tokens_per_s_best": round(num_tokens / best["step"], 1),
@@ -245,8 +267,8 @@ def share_of_dense_rate(result: dict, flops: float, rates: list[float]) -> dict[
 def matmul_flops(side: Side, args: argparse.Namespace) -> tuple[float, float]:
     """Operations of a step's matrix products with weights, and of the causal halves of attention's own."""
     num_tokens = args.batch * args.seq
-    weights = flops_per_token(side.model.cfg, 0) * num_tokens
-    return weights, flops_per_token(side.model.cfg, args.seq) * num_tokens - weights
+    weights = flops_per_token(side.cfg, 0) * num_tokens
+    return weights, flops_per_token(side.cfg, args.seq) * num_tokens - weights
 
 
 def profile_sides(sides: list[Side], ids: Tensor) -> dict[str, dict[str, float]]:
@@ -280,8 +302,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--isa", choices=sorted(SETTINGS), help="as on a processor with no more than this")
     parser.add_argument("--profile", action="store_true", help="print where the first two sides spend their time")
     parser.add_argument("--curve", action="store_true", help=f"{CURVE_STEPS} steps of one document at a high rate")
+    parser.add_argument("--apart", action="store_true", help="each side in a process of its own")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
+    if args.apart and args.profile:
+        parser.error("--profile needs all sides in this process, so not --apart")
     if args.curve:
         args.steps, args.warmup, args.batch, args.lr = CURVE_STEPS, 0, 1, 1e-3
         args.implementations = args.implementations[:1]
@@ -290,17 +315,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    machine = describe_machine(run_as(args.isa))
-    machine["keeps_freed_memory"] = _C.keep_freed_memory()
-    torch.set_num_threads(args.threads)
+    machine = describe_machine(prepare_process(args, keep_freed_memory=True))
     dtype = getattr(torch, args.dtype)
     num_tokens = args.batch * args.seq
     copied = num_tokens * args.topk * 3 * args.hidden * args.inter * dtype.itemsize
     if "batched_mm" in args.implementations and copied > MAX_BATCHED_BYTES:
         print(f"without batched_mm, which would copy {copied / 2**30:.0f} GiB of weights per layer at this shape")
         args.implementations.remove("batched_mm")
-    sides = make_sides(args, dtype)
-    num_params = sum(p.numel() for p in sides[0].model.parameters())
+    if args.apart:
+        sides = [Apart(args, []), *(Apart(args, [implementation]) for implementation in args.implementations)]
+    else:
+        sides = make_sides(args, dtype)
+    num_params = sides[0].num_params
     size = f"{num_params / 1e6:.1f} M parameters"
     print(f"{size}, {args.dtype}, {num_tokens} tokens a step, {args.threads} threads", flush=True)
     generator = torch.Generator().manual_seed(1)
@@ -332,11 +358,10 @@ def main() -> None:
         print_table(table)
     if args.json:
         shape = {k: v for k, v in vars(args).items() if k not in ("json", "profile")}
-        rss = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         report = {
             "machine": machine, "shape": shape, "parameters": num_params, "results": results, "speedup": faster,
             "share_of_dense_rate": shares, "seconds_by_part": table,
-            "largest_relative_loss_difference": worst, "peak_rss_gib_all_sides": rss,
+            "largest_relative_loss_difference": worst,
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")

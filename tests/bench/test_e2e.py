@@ -33,6 +33,15 @@ def test_every_side_computes_the_same_loss(tmp_path):
     assert share["matmul_gflop"] == round(6e-9 * 16 * weights, 1) and share["share_median"] > 0
 
 
+@pytest.mark.long
+def test_sides_in_processes_of_their_own(tmp_path):
+    command = [sys.executable, str(BENCH), *TINY.split(), "--apart", "--implementations", "grouped_mm"]
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, timeout=120, capture_output=True)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [result["name"] for result in report["results"]] == ["xtuner", "transformers grouped_mm"]
+    assert report["largest_relative_loss_difference"] < 1e-4
+
+
 def test_curves_profile_and_emulation(tmp_path):
     command = [sys.executable, str(BENCH), *TINY.split(), "--curve", "--profile", "--json", str(tmp_path / "out.json")]
     if "avx2" in xtuner.build_info()["isas"]:
