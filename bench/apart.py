@@ -43,7 +43,10 @@ def _serve(pipe: Connection, args: argparse.Namespace) -> None:
     gc.collect()
     gc.disable()
     pipe.send((side.name, side.cfg, side.num_params))
-    while True:
-        side.step(torch.tensor(pipe.recv()))
-        pipe.send((side.losses[-1], side.seconds[-1]))
-        gc.collect()
+    try:
+        while True:
+            side.step(torch.tensor(pipe.recv()))
+            pipe.send((side.losses[-1], side.seconds[-1]))
+            gc.collect()
+    except EOFError:  # the other end is done
+        return

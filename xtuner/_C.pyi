@@ -68,6 +68,11 @@ def gemm_m_grouped(a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool, out: Te
 def gemm_k_grouped(a: Tensor, b: Tensor, offsets: Tensor, beta: float, out: Tensor, num_threads: int) -> None:
     """Per expert out[e] = beta * out[e] + a_e.T @ b_e; beta is 0 or 1."""
 
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool, losses: Tensor, num_threads: int
+) -> None:
+    """losses f32[T] = weights * cross-entropy of logits[T,V]; gradient: logits become the gradient of their sum."""
+
 rms_norm_block_rows: int
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, inverse_rms: Tensor, num_threads: int) -> None:

@@ -21,6 +21,8 @@ void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, int num_threads);
 void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
                 const Tensor& dx, int num_threads);
+void cross_entropy(const Tensor& logits, const Tensor& labels, const Tensor& weights, bool gradient,
+                   const Tensor& losses, int num_threads);
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out, const Tensor& inverse_rms,
               int num_threads);
 void rms_norm_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const Tensor& inverse_rms,

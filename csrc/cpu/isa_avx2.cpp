@@ -1,6 +1,7 @@
 #include "cpu/kernels.h"
 #include "cpu/simd/attention.h"
 #include "cpu/simd/attention_bwd.h"
+#include "cpu/simd/cross_entropy.h"
 #include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/quantize.h"
 #include "cpu/simd/rms_norm.h"
@@ -18,6 +19,7 @@ const Kernels kernels_avx2 = {
     rms_norm_rows<avx2::Vec>,
     rms_norm_bwd_rows<avx2::Vec>,
     rotary_tokens<avx2::Vec>,
+    cross_entropy_rows<avx2::Vec>,
     unpermute_tokens<avx2::Vec>,
     unpermute_bwd_tokens<avx2::Vec>,
     quantize_rows<avx2::Vec>,

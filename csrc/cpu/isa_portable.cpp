@@ -1,6 +1,7 @@
 #include "cpu/kernels.h"
 #include "cpu/simd/attention.h"
 #include "cpu/simd/attention_bwd.h"
+#include "cpu/simd/cross_entropy.h"
 #include "cpu/simd/gemm_tile.h"
 #include "cpu/simd/quantize.h"
 #include "cpu/simd/rms_norm.h"
@@ -18,6 +19,7 @@ const Kernels kernels_portable = {
     rms_norm_rows<portable::Vec>,
     rms_norm_bwd_rows<portable::Vec>,
     rotary_tokens<portable::Vec>,
+    cross_entropy_rows<portable::Vec>,
     unpermute_tokens<portable::Vec>,
     unpermute_bwd_tokens<portable::Vec>,
     quantize_rows<portable::Vec>,

@@ -39,6 +39,16 @@ struct RotaryTokens {
   bool back;
 };
 
+struct CrossEntropyRows {
+  DType dtype;
+  int64_t vocab;
+  void* logits;  // [tokens, vocab]; becomes the gradient
+  const int64_t* labels;
+  const float* weights;
+  float* losses;
+  bool gradient;
+};
+
 struct UnpermuteRows {
   DType dtype;
   int64_t hidden;  // H
@@ -120,6 +130,7 @@ struct Kernels {
   void (*rms_norm)(const RmsNormRows&, int64_t begin, int64_t end);
   void (*rms_norm_bwd)(const RmsNormRows&, int64_t begin, int64_t end, float* dweight);  // dweight: of these rows
   void (*rotary)(const RotaryTokens&, int64_t begin, int64_t end);
+  void (*cross_entropy)(const CrossEntropyRows&, int64_t begin, int64_t end);
   void (*unpermute)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*unpermute_bwd)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);

@@ -7,6 +7,7 @@ namespace xt::python {
 void bind_attention(pybind11::module_& m);
 void bind_fp8(pybind11::module_& m);
 void bind_ep(pybind11::module_& m);
+void bind_loss(pybind11::module_& m);
 void bind_moe(pybind11::module_& m);
 void bind_norm_rope(pybind11::module_& m);
 

@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
   bind_attention(m);
   bind_fp8(m);
   bind_ep(m);
+  bind_loss(m);
   bind_moe(m);
   bind_norm_rope(m);
 }

@@ -185,6 +185,7 @@ def samples():
         "rms_norm": (grad(9, 8), grad(8), 1e-6),
         "rms_norm_bwd": (randn(9, 8), randn(9, 8), randn(8), torch.rand(9)),
         "rotary": (grad(9, 2, 8), randn(9, 4), randn(9, 4), False),
+        "linear_cross_entropy": (grad(9, 8), grad(6, 8), torch.arange(9) % 6, torch.rand(9), True, True),
         "swiglu": (grad(rows, 8), offsets, 1.0, None, 0.0),
         "swiglu_bwd": (randn(rows, 4), randn(rows, 8), offsets, 1.0, None, 0.0),
         "quantize_1x128": (randn(5, 128), None, torch.float8_e4m3fn, False, 1e-12),

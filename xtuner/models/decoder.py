@@ -12,7 +12,6 @@ from xtuner.models.init import init_weights
 from xtuner.nn.attention import Attention
 from xtuner.nn.kv_cache import KVCache
 from xtuner.nn.linear import Linear
-from xtuner.nn.loss import cross_entropy_sum
 from xtuner.nn.mlp import MLP
 from xtuner.nn.moe import MoE
 from xtuner.nn.norm import RMSNorm
@@ -109,12 +108,13 @@ class Decoder(nn.Module):
             cache.advance(cu_seqlens)
         if labels is None:
             wanted = x_TD if logit_rows is None else x_TD[logit_rows]
-            return ModelOutput(self._logits(self.norm(wanted)), None, stats)
+            return ModelOutput(ops.linear(self.norm(wanted), self._head_weight()), None, stats)
         # Only rows that are learned go through the head; in fine-tuning most are not.
         rows = loss_weights.nonzero()[:, 0]
-        logits = self._logits(self.norm(x_TD[rows]))
-        return ModelOutput(None, cross_entropy_sum(logits, labels[rows], loss_weights[rows]), stats)
+        loss_sum = ops.linear_cross_entropy(
+            self.norm(x_TD[rows]), self._head_weight(), labels[rows], loss_weights[rows]
+        )
+        return ModelOutput(None, loss_sum, stats)
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return ops.linear(x_TD, weight)
+    def _head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight

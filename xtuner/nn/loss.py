@@ -1,19 +1,13 @@
-"""Losses: next-token cross-entropy and the router's auxiliary losses."""
+"""The router's auxiliary losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xtuner.nn.router import RouterStats
-
-
-def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sum over tokens of weight * -log softmax(logits)[label], in float32. logits [T, V], labels [T], weights [T]."""
-    return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
 
 def load_balancing_loss(

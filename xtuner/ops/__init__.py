@@ -10,6 +10,7 @@ from xtuner.ops.faults import raise_faults, watch_faults
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped
 from xtuner.ops.linear import linear
+from xtuner.ops.linear_cross_entropy import linear_cross_entropy
 from xtuner.ops.permute import permute
 from xtuner.ops.quantize import dequantize, quantize_1x128, quantize_128x128, quantize_rowcol
 from xtuner.ops.rms_norm import rms_norm
@@ -31,6 +32,7 @@ __all__ = [
     "gemm_k_grouped_",
     "gemm_m_grouped",
     "linear",
+    "linear_cross_entropy",
     "permute",
     "quantize_1x128",
     "quantize_128x128",

@@ -93,6 +93,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
+    log_probs = (hidden @ weight.T).log_softmax(-1)
+    return -(loss_weights * log_probs[torch.arange(len(labels)), labels]).sum()
+
+
 def swiglu(
     x: Tensor, offsets: Tensor | None = None, alpha: float = 1.0, limit: float | None = None, up_offset: float = 0.0
 ) -> Tensor:

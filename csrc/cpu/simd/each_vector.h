@@ -1,10 +1,13 @@
 // Loops over a row in whole vectors and what is left of it.
 #pragma once
-#include "cpu/simd/inline.h"
+#include "cpu/simd/bf16.h"
 
 namespace xt::cpu {
 
 struct Whole {};
+
+static XT_INLINE float value(const float* p) { return *p; }
+static XT_INLINE float value(const bf16_t* p) { return widen(*p); }
 
 template <class Vec, class T>
 XT_INLINE Vec load(const T* p, Whole) {
