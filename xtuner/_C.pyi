@@ -219,8 +219,8 @@ def ep_dispatch(
     out_scales: Tensor | None,
     num_threads: int,
 ) -> None:
-    """Rows of x[T,H] (and scales f32[T,S]) to out[R,H] of their experts' ranks; route is (counts, tokens, dest, slot,
-    origin)."""
+    """Rows of x[T,H] (and columns of scales f32[S,ld]) to out[R,H] of their experts' ranks; route is (counts, tokens,
+    dest, slot, origin)."""
 
 def ep_combine(
     y: Tensor, route: Sequence[Tensor], memory: SharedMemory, probs: Tensor | None, out: Tensor, num_threads: int

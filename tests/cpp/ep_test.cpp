@@ -106,16 +106,19 @@ void check_rows(Rng& rng, int world) {
   expect_no_errors(ranks.run([&](int r, const Peers& p) {
     const RankLoad& load = loads[r];
     const OwnedRoute maps(load, p, spare);
-    Array out(DType::f32, {maps.rows, 8}), scales(DType::f32, {load.tokens(), 2}), out_scales(DType::f32, {maps.rows, 2});
-    for (int64_t i = 0; i < load.tokens() * 2; ++i) scales.set(i, load.dout[i / 2 * 8 + i % 2]);
+    const int64_t ld = load.tokens() + 2, out_ld = maps.rows + 1;
+    Array out(DType::f32, {maps.rows, 8}), scales(DType::f32, {2, ld}), out_scales(DType::f32, {2, out_ld});
+    for (int64_t t = 0; t < load.tokens(); ++t) {
+      for (int64_t s = 0; s < 2; ++s) scales.set(s * ld + t, load.dout[t * 8 + s]);
+    }
     const Tensor scales_t = scales.view(), out_scales_t = out_scales.view();
     ep_dispatch(load.x.view(), &scales_t, maps.route(), p, out.view(), &out_scales_t, {});
     for (int64_t i = 0; i < out.count(); ++i) got[r].push_back(out[i]);
-    for (int64_t i = 0; i < out_scales.count(); ++i) got_scales[r].push_back(out_scales[i]);
+    for (int64_t i = 0; i < 2 * out_ld; ++i) got_scales[r].push_back(out_scales[i % 2 * out_ld + i / 2]);
   }));
   for (int r = 0; r < world; ++r) {
     wanted[r].resize(wanted[r].size() + spare * 8);
-    wanted_scales[r].resize(wanted_scales[r].size() + spare * 2);
+    wanted_scales[r].resize(wanted_scales[r].size() + (spare + 1) * 2);
     EXPECT_EQ(got[r], wanted[r]) << "rank " << r << " of " << world;
     EXPECT_EQ(got_scales[r], wanted_scales[r]) << "rank " << r << " of " << world;
   }

@@ -43,6 +43,16 @@ def test_unweighted_combine_is_the_gradient_of_dispatch():
     assert torch.equal(torch.autograd.grad(dx, grad, x.detach())[0], y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_quantizing_before_the_dispatch_gives_what_quantizing_after_gives(dtype):
+    route = ops.ep_prepare(routing(37, 2, 5), 5, ALONE, capacity=80)
+    x = randn(37, 384)
+    q, scale = ops.ep_dispatch_quantized(*ops.quantize_1x128(x, dtype=dtype), route, ALONE)
+    expected_q, expected_scale = ops.quantize_1x128(ops.ep_dispatch(x, route, ALONE), route.offsets, dtype=dtype)
+    assert q.dtype == dtype and torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
+    assert torch.equal(scale, expected_scale)
+
+
 def test_capacity():
     idx = torch.tensor([[0, 1], [1, 2], [-1, 2]])
     route = ops.ep_prepare(idx, 3, ALONE, capacity=8)

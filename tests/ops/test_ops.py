@@ -173,6 +173,7 @@ def samples():
         "unpermute": (grad(rows, 8), row_of, src, probs.clone().requires_grad_()),
         "ep_prepare": (idx, 3, ALONE.id, None),
         "ep_dispatch": (grad(12, 8), *ep_maps, ALONE.id),
+        "ep_dispatch_quantized": (*ops.quantize_1x128(randn(12, 128)), *ep_maps, ALONE.id),
         "ep_combine": (grad(ep_rows, 8), *ep_maps, probs.clone().requires_grad_(), ALONE.id),
         "ep_combine_bwd": (randn(12, 8), randn(ep_rows, 8), *ep_maps, probs, ALONE.id),
         "unpermute_bwd": (randn(12, 8), randn(rows, 8), row_of, src, probs),

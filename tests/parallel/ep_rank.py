@@ -14,7 +14,7 @@ from xtuner.nn.moe import LocalDispatcher
 from xtuner.ops import reference
 from xtuner.parallel import AllToAllDispatcher, FusedDispatcher
 
-HIDDEN = 48
+HIDDEN = 128
 
 
 def join(rank: int, world_size: int, root: Path) -> None:
@@ -61,6 +61,11 @@ def check_rows(dispatchers, step: int, rank: int, world_size: int, dtype: torch.
         rows = dispatcher.dispatch(xs[rank], idxs[rank], experts[0])
         assert torch.equal(rows.x, expected), f"{name}: other rows on rank {rank} in step {step}"
         assert int(rows.offsets[-1]) == len(expected)
+    group = dispatchers["fused"].group
+    route = ops.ep_prepare(idxs[rank], experts[0], group)
+    q, scale = ops.ep_dispatch_quantized(*ops.quantize_1x128(xs[rank]), route, group)
+    expected_q, expected_scale = ops.quantize_1x128(expected)
+    assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8)) and torch.equal(scale, expected_scale)
 
 
 def same_as_local(rank: int, world_size: int, root: Path, steps: int) -> None:

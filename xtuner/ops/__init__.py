@@ -4,7 +4,7 @@ from xtuner.ops._lib import OpError
 from xtuner.ops.attention import attention
 from xtuner.ops.ep import EpGroup, EpRoute
 from xtuner.ops.ep_combine import ep_combine
-from xtuner.ops.ep_dispatch import ep_dispatch
+from xtuner.ops.ep_dispatch import ep_dispatch, ep_dispatch_quantized
 from xtuner.ops.ep_prepare import ep_prepare
 from xtuner.ops.faults import raise_faults, watch_faults
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
@@ -27,6 +27,7 @@ __all__ = [
     "dequantize",
     "ep_combine",
     "ep_dispatch",
+    "ep_dispatch_quantized",
     "ep_prepare",
     "gemm_k_grouped",
     "gemm_k_grouped_",

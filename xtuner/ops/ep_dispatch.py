@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from xtuner import _C
-from xtuner.ops._lib import autograd, define
+from xtuner.ops._lib import autograd, define, not_differentiable
 from xtuner.ops.ep import ROUTE_SCHEMA, EpGroup, EpRoute, group_of, row_bytes
+from xtuner.ops.quantize import row_scale_ld
 
 
 def ep_dispatch(x: Tensor, route: EpRoute, group: EpGroup) -> Tensor:
@@ -38,6 +39,31 @@ def _ep_dispatch(x: Tensor, *args) -> Tensor:
     return out
 
 
+def ep_dispatch_quantized(q: Tensor, scale: Tensor, route: EpRoute, group: EpGroup) -> tuple[Tensor, Tensor]:
+    """`ep_dispatch` of float8 rows with their scales: half the bytes of bfloat16 travel. Without gradient.
+
+    Args:
+        q, scale: float8 [T, H] and float32 [H/128, ld], from `quantize_1x128`.
+
+    Returns:
+        q [R, H] and scale float32 [H/128, R up to a multiple of 4]: what quantizing the dispatched rows would give.
+    """
+    return torch.ops.xtuner.ep_dispatch_quantized(q, scale, *route.maps, group.id)
+
+
+def _fake_quantized(q: Tensor, scale: Tensor, counts, tokens, dest, slot, origin: Tensor, group: int):
+    rows = origin.shape[0]
+    return q.new_empty(rows, q.shape[1]), scale.new_empty(scale.shape[0], row_scale_ld(rows))
+
+
+def _ep_dispatch_quantized(q: Tensor, scale: Tensor, *args) -> tuple[Tensor, Tensor]:
+    *maps, group = args
+    out, out_scale = _fake_quantized(q, scale, *args)
+    memory = group_of(group).memory_for(maps, row_bytes(q) + 4 * scale.shape[0] + 4)
+    _C.ep_dispatch(q, scale, maps, memory, out, out_scale, torch.get_num_threads())
+    return out, out_scale
+
+
 def _setup(ctx, inputs, output) -> None:
     _, *maps, ctx.group = inputs
     ctx.save_for_backward(*maps)
@@ -49,4 +75,10 @@ def _backward(ctx, grad: Tensor):
 
 
 define(f"ep_dispatch(Tensor x, {ROUTE_SCHEMA}, int group) -> Tensor", _ep_dispatch, _fake)
+define(
+    f"ep_dispatch_quantized(Tensor q, Tensor scale, {ROUTE_SCHEMA}, int group) -> (Tensor, Tensor)",
+    _ep_dispatch_quantized,
+    _fake_quantized,
+)
 autograd("ep_dispatch", _backward, _setup)
+not_differentiable("ep_dispatch_quantized", "float8 has no gradient; the layer that quantizes defines one")
