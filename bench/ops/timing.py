@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from emulate import SETTINGS, run_as
 
 import xtuner
 
@@ -57,8 +58,11 @@ class Report:
         parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
         parser.add_argument("--budget", type=float, default=0.7, help="seconds per case and rival set")
         parser.add_argument("--json", type=Path, help="add the results to this JSON file")
-        self.title, self.unit, self.rows = title, unit, []
+        parser.add_argument("--isa", choices=sorted(SETTINGS), help="as on a processor with no more than this")
         self.args = parser.parse_args()
+        self.emulated = run_as(self.args.isa)
+        self.title = title if self.args.isa is None else f"{title}, as on {self.args.isa}"
+        self.unit, self.rows = unit, []
 
     def case(self, group: str, shape: str, work: float, calls: dict[str, Callable]) -> None:
         """`calls` begins with ours; `work` is in units of 1e9 per call (GFLOP or GB), counted alike for all."""
@@ -108,6 +112,7 @@ class Report:
             "cores": os.cpu_count(),
             "load_average_at_end": [round(x, 1) for x in os.getloadavg()],
             "isa": info["isa"],
+            "emulated": self.emulated,
             "compiler": info["compiler"],
             "xtuner": info["version"],
             "torch": torch.__version__,
