@@ -135,7 +135,7 @@ def product(seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x, w = torch.randn(300, 64, generator=generator), torch.randn(3, 48, 64, generator=generator)
     out = torch.empty(300, 48)
-    _C.gemm_m_grouped(x, w, torch.tensor([0, 10, 200, 300]), True, out, 2)
+    _C.gemm_m_grouped(x, w, torch.tensor([0, 10, 200, 300]), True, out=out, num_threads=2)
     return out
 
 

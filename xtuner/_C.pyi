@@ -62,11 +62,39 @@ def unpermute_bwd(
 ) -> None:
     """Gradients of unpermute into dy[R,H] and, if wanted (needs y), dprobs f32[T,K]."""
 
-def gemm_m_grouped(a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool, out: Tensor, num_threads: int) -> None:
-    """Per expert out = a @ b (b[E,Kd,N]), or a @ b.T (b[E,N,Kd]) with trans_b; rows >= offsets[E] become zero."""
+def gemm_m_grouped(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    trans_b: bool,
+    *,
+    bias: Tensor | None = None,
+    src: Tensor | None = None,
+    num_experts_per_tok: int = 1,
+    act: Tensor | None = None,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+    out: Tensor,
+    num_threads: int,
+) -> None:
+    """Per expert out = a @ b (b[E,Kd,N]), or a @ b.T (b[E,N,Kd]) with trans_b; rows >= offsets[E] become zero.
 
-def gemm_k_grouped(a: Tensor, b: Tensor, offsets: Tensor, beta: float, out: Tensor, num_threads: int) -> None:
-    """Per expert out[e] = beta * out[e] + a_e.T @ b_e; beta is 0 or 1."""
+    bias [E,N] is added; with src, row r of a is a[src[r] // num_experts_per_tok]; act[R,N/2] becomes swiglu(out).
+    """
+
+def gemm_k_grouped(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    beta: float,
+    *,
+    src: Tensor | None = None,
+    num_experts_per_tok: int = 1,
+    out: Tensor,
+    num_threads: int,
+) -> None:
+    """Per expert out[e] = beta * out[e] + a_e.T @ b_e; beta is 0 or 1; src maps rows of b as in gemm_m_grouped."""
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool, losses: Tensor, num_threads: int

@@ -3,6 +3,7 @@
 #pragma once
 #include "xtuner/ops/ep_prepare.h"
 #include "xtuner/ops/quantize.h"
+#include "xtuner/ops/gemm_m_grouped.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/tensor.h"
 
@@ -14,10 +15,10 @@ void permute(const Tensor& x, const Tensor& row_of, const Tensor& src, const Ten
 void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const Tensor& out, int num_threads);
 void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const Tensor& row_of, const Tensor* probs,
                    const Tensor& dy, const Tensor* dprobs, int num_threads);
-void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b, const Tensor& out,
-                    int num_threads);
-void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const Tensor& out,
-                    int num_threads);
+void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b,
+                    const GemmMGroupedOptions& options, const Tensor& out, int num_threads);
+void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const RowGather& gather_b,
+                    const Tensor& out, int num_threads);
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, int num_threads);
 void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
                 const Tensor& dx, int num_threads);
@@ -52,6 +53,9 @@ void ep_combine(const Tensor& y, const EpRoute& route, const Peers& peers, const
                 int num_threads);
 void ep_combine_bwd(const Tensor& dout, const Tensor& y, const EpRoute& route, const Peers& peers, const Tensor& probs,
                     const Tensor& dy, const Tensor& dprobs, int num_threads);
+
+// Throws Error naming `op` unless the first `used` values of the map are in [-1, num_tokens * num_experts_per_tok).
+void check_gather(const char* op, const RowGather& gather, int64_t used, int64_t num_tokens);
 
 // Rows in use, offsets[E]. Throws Error naming `op` unless 0 = offsets[0] <= ... <= offsets[E] <= num_rows.
 int64_t used_rows(const char* op, const Tensor& offsets, int64_t num_rows);

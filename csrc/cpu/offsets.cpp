@@ -13,4 +13,13 @@ int64_t used_rows(const char* op, const Tensor& offsets, int64_t num_rows) {
   return at[last];
 }
 
+void check_gather(const char* op, const RowGather& gather, int64_t used, int64_t num_tokens) {
+  if (!gather.src) return;
+  const int32_t* src = gather.src->ptr<int32_t>();
+  const int64_t choices = num_tokens * gather.num_experts_per_tok;
+  for (int64_t r = 0; r < used; ++r) {
+    if (src[r] < -1 || src[r] >= choices) fail(op, ": src[", r, "] must be in [-1, T*K=", choices, "), got ", src[r]);
+  }
+}
+
 }  // namespace xt::cpu

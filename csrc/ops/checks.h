@@ -26,6 +26,14 @@ class ArgChecker {
   // The same, but only the last dim must be contiguous.
   void rows(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims);
 
+  // A map of rows, if there is one: `src` of `rows` rows and a positive number of choices per token.
+  void gather(const Tensor* src, int64_t num_experts_per_tok, int64_t rows = -1) {
+    if (!src) return;
+    tensor("src", *src, {DType::i32}, {{"R", rows}});
+    require(num_experts_per_tok > 0 && num_experts_per_tok <= INT32_MAX, "num_experts_per_tok must be positive, got ",
+            num_experts_per_tok);
+  }
+
   // A condition on values rather than on tensors.
   template <class... Parts>
   void require(bool ok, const Parts&... parts) const {

@@ -52,18 +52,24 @@ void unpermute_bwd(py::handle dout, py::handle y, py::handle src, py::handle row
   xt::unpermute_bwd(*a, rows.get(), *s, *r, p.get(), *d, dp.get(), stream_of(a, num_threads));
 }
 
-void gemm_m_grouped(py::handle a, py::handle b, py::handle offsets, bool trans_b, py::handle out, int num_threads) {
+void gemm_m_grouped(py::handle a, py::handle b, py::handle offsets, bool trans_b, py::handle bias, py::handle src,
+                    int64_t num_experts_per_tok, py::handle act, double alpha, std::optional<double> limit,
+                    double up_offset, py::handle out, int num_threads) {
   const char* op = "gemm_m_grouped";
   Arg ta(op, "a", a), tb(op, "b", b), to(op, "offsets", offsets), tc(op, "out", out);
+  OptionalArg bi(op, "bias", bias), s(op, "src", src), ac(op, "act", act);
+  const GemmMGroupedOptions options = {{s.get(), num_experts_per_tok}, bi.get(), ac.get(), {alpha, limit, up_offset}};
   py::gil_scoped_release nogil;
-  xt::gemm_m_grouped(*ta, *tb, *to, trans_b, *tc, stream_of(ta, num_threads));
+  xt::gemm_m_grouped(*ta, *tb, *to, trans_b, *tc, stream_of(ta, num_threads), options);
 }
 
-void gemm_k_grouped(py::handle a, py::handle b, py::handle offsets, double beta, py::handle out, int num_threads) {
+void gemm_k_grouped(py::handle a, py::handle b, py::handle offsets, double beta, py::handle src,
+                    int64_t num_experts_per_tok, py::handle out, int num_threads) {
   const char* op = "gemm_k_grouped";
   Arg ta(op, "a", a), tb(op, "b", b), to(op, "offsets", offsets), tc(op, "out", out);
+  OptionalArg s(op, "src", src);
   py::gil_scoped_release nogil;
-  xt::gemm_k_grouped(*ta, *tb, *to, beta, *tc, stream_of(ta, num_threads));
+  xt::gemm_k_grouped(*ta, *tb, *to, beta, *tc, stream_of(ta, num_threads), {s.get(), num_experts_per_tok});
 }
 
 void swiglu(py::handle x, py::handle offsets, double alpha, std::optional<double> limit, double up_offset,
@@ -95,8 +101,12 @@ void bind_moe(py::module_& m) {
   m.def("unpermute", &unpermute, "y"_a, "row_of"_a, "probs"_a, "out"_a, "num_threads"_a);
   m.def("unpermute_bwd", &unpermute_bwd, "dout"_a, "y"_a, "src"_a, "row_of"_a, "probs"_a, "dy"_a, "dprobs"_a,
         "num_threads"_a);
-  m.def("gemm_m_grouped", &gemm_m_grouped, "a"_a, "b"_a, "offsets"_a, "trans_b"_a, "out"_a, "num_threads"_a);
-  m.def("gemm_k_grouped", &gemm_k_grouped, "a"_a, "b"_a, "offsets"_a, "beta"_a, "out"_a, "num_threads"_a);
+  const py::none none;
+  m.def("gemm_m_grouped", &gemm_m_grouped, "a"_a, "b"_a, "offsets"_a, "trans_b"_a, py::kw_only(), "bias"_a = none,
+        "src"_a = none, "num_experts_per_tok"_a = 1, "act"_a = none, "alpha"_a = 1.0, "limit"_a = none,
+        "up_offset"_a = 0.0, "out"_a, "num_threads"_a);
+  m.def("gemm_k_grouped", &gemm_k_grouped, "a"_a, "b"_a, "offsets"_a, "beta"_a, py::kw_only(), "src"_a = none,
+        "num_experts_per_tok"_a = 1, "out"_a, "num_threads"_a);
   m.def("swiglu", &swiglu, "x"_a, "offsets"_a, "alpha"_a, "limit"_a, "up_offset"_a, "out"_a, "num_threads"_a);
   m.def("swiglu_bwd", &swiglu_bwd, "dout"_a, "x"_a, "offsets"_a, "alpha"_a, "limit"_a, "up_offset"_a, "dx"_a,
         "num_threads"_a);

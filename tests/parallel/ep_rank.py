@@ -46,8 +46,9 @@ def run(dispatcher, scale_E, first_expert: int, x, idx, weights, dout, experts: 
     tokens = dispatcher.dispatch(x, idx, experts)
     here = tokens.offsets.numel() - 1
     expert_R = torch.arange(first_expert, first_expert + here).repeat_interleave(tokens.offsets.diff())
-    y = tokens.x[: expert_R.numel()] * scale_E[expert_R, None].to(x.dtype)
-    y = torch.cat([y, y.new_zeros(tokens.x.shape[0] - y.shape[0], y.shape[1])])
+    rows = tokens.x if tokens.maps is None else ops.permute(tokens.x, *tokens.maps)
+    y = rows[: expert_R.numel()] * scale_E[expert_R, None].to(x.dtype)
+    y = torch.cat([y, y.new_zeros(rows.shape[0] - y.shape[0], y.shape[1])])
     out = dispatcher.combine(y, tokens, weights)
     out.backward(dout)
     return out.detach(), x.grad, weights.grad

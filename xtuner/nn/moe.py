@@ -16,10 +16,13 @@ class Dispatched(Protocol):
     """Tokens on the rank of their experts, grouped by local expert; a dispatcher adds what the way back needs."""
 
     @property
-    def x(self) -> Tensor: ...  # [R, D]
+    def x(self) -> Tensor: ...  # [R, D], or with `maps` [T, D]
 
     @property
     def offsets(self) -> Tensor: ...  # int64 [E+1], E experts on this rank
+
+    @property
+    def maps(self) -> tuple[Tensor, Tensor] | None: ...  # row_of [T, K] and src [R]: x is grouped only when it is read
 
 
 class TokenDispatcher(Protocol):
@@ -33,19 +36,18 @@ class TokenDispatcher(Protocol):
 class LocalRows(NamedTuple):
     x: Tensor
     offsets: Tensor
-    row_of: Tensor
-    src: Tensor
+    maps: tuple[Tensor, Tensor]
 
 
 class LocalDispatcher:
     """All experts are here."""
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> LocalRows:
-        _, offsets, row_of, src = ops.route_map(topk_idx_TK, num_experts)
-        return LocalRows(ops.permute(x_TD, row_of, src), offsets, row_of, src)
+        _, offsets, *maps = ops.route_map(topk_idx_TK, num_experts)
+        return LocalRows(x_TD, offsets, tuple(maps))
 
     def combine(self, y_RD: Tensor, dispatched: LocalRows, weights_TK: Tensor) -> Tensor:
-        return ops.unpermute(y_RD, dispatched.row_of, dispatched.src, weights_TK)
+        return ops.unpermute(y_RD, *dispatched.maps, weights_TK)
 
 
 class MoE(nn.Module):
@@ -66,7 +68,7 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
         tokens = self.dispatcher.dispatch(x_TD, idx_TK, self.num_experts)
-        h = ops.gemm_m_grouped(tokens.x, self.w13.unflatten(0, (self.num_experts, -1)), tokens.offsets)
-        h = ops.swiglu(h, tokens.offsets)
+        w13 = self.w13.unflatten(0, (self.num_experts, -1))
+        h = ops.gemm_m_grouped_swiglu(tokens.x, w13, tokens.offsets, maps=tokens.maps)
         y = ops.gemm_m_grouped(h, self.w2.unflatten(0, (self.num_experts, -1)), tokens.offsets)
         return self.dispatcher.combine(y, tokens, weights_TK), stats

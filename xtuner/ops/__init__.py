@@ -8,7 +8,7 @@ from xtuner.ops.ep_dispatch import ep_dispatch, ep_dispatch_quantized
 from xtuner.ops.ep_prepare import ep_prepare
 from xtuner.ops.faults import raise_faults, watch_faults
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
-from xtuner.ops.gemm_m_grouped import gemm_m_grouped
+from xtuner.ops.gemm_m_grouped import gemm_m_grouped, gemm_m_grouped_swiglu
 from xtuner.ops.linear import linear
 from xtuner.ops.linear_cross_entropy import linear_cross_entropy
 from xtuner.ops.permute import permute
@@ -32,6 +32,7 @@ __all__ = [
     "gemm_k_grouped",
     "gemm_k_grouped_",
     "gemm_m_grouped",
+    "gemm_m_grouped_swiglu",
     "linear",
     "linear_cross_entropy",
     "permute",

@@ -54,7 +54,7 @@ def _one_group(x: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     out = _fake(x, weight)
     x, weight = x.contiguous(), weight.contiguous()
-    _C.gemm_m_grouped(x, weight[None], _one_group(x), True, out, torch.get_num_threads())
+    _C.gemm_m_grouped(x, weight[None], _one_group(x), True, out=out, num_threads=torch.get_num_threads())
     return out
 
 
@@ -65,7 +65,7 @@ def _fake_dgrad(dout: Tensor, weight: Tensor) -> Tensor:
 def _linear_dgrad(dout: Tensor, weight: Tensor) -> Tensor:
     dx = _fake_dgrad(dout, weight)
     dout, weight = dout.contiguous(), weight.contiguous()
-    _C.gemm_m_grouped(dout, weight[None], _one_group(dout), False, dx, torch.get_num_threads())
+    _C.gemm_m_grouped(dout, weight[None], _one_group(dout), False, out=dx, num_threads=torch.get_num_threads())
     return dx
 
 
@@ -76,7 +76,7 @@ def _fake_wgrad(dout: Tensor, x: Tensor) -> Tensor:
 def _linear_wgrad(dout: Tensor, x: Tensor) -> Tensor:
     dweight = _fake_wgrad(dout, x)
     dout, x = dout.contiguous(), x.contiguous()
-    _C.gemm_k_grouped(dout, x, _one_group(x), 0.0, dweight[None], torch.get_num_threads())
+    _C.gemm_k_grouped(dout, x, _one_group(x), 0.0, out=dweight[None], num_threads=torch.get_num_threads())
     return dweight
 
 

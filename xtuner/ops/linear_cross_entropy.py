@@ -92,7 +92,7 @@ def _add_outer(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         dweight.addmm_(dlogits.T, hidden)
     elif runs_in_core(dlogits.device, dlogits.dtype):
         one_group = torch.tensor([0, dlogits.shape[0]])
-        _C.gemm_k_grouped(dlogits, hidden, one_group, 1.0, dweight[None], torch.get_num_threads())
+        _C.gemm_k_grouped(dlogits, hidden, one_group, 1.0, out=dweight[None], num_threads=torch.get_num_threads())
     else:
         dweight.add_(dlogits.T @ hidden)
 

@@ -63,17 +63,26 @@ def ep_combine(y: list[Tensor], topk_idx: list[Tensor], num_experts: int, probs:
     return list(out.split([len(idx) for idx in topk_idx]))
 
 
-def gemm_m_grouped(a: Tensor, b: Tensor, offsets: Tensor, trans_b: bool = True) -> Tensor:
+def gemm_m_grouped(a, b, offsets, trans_b: bool = True, bias=None, maps=None) -> Tensor:
     bounds = offsets.tolist()
-    parts = [
-        a[first:last] @ (w.T if trans_b else w) for first, last, w in zip(bounds, bounds[1:], b, strict=False)
-    ]
+    if maps is not None:
+        a = permute(a, *maps)
+    parts = []
+    for e, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        part = a[first:last] @ (b[e].T if trans_b else b[e])
+        parts.append(part if bias is None else part + bias[e])
     columns = b.shape[1] if trans_b else b.shape[2]
     return torch.cat([*parts, a.new_zeros(a.shape[0] - bounds[-1], columns)])
 
 
-def gemm_k_grouped(a: Tensor, b: Tensor, offsets: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+def gemm_m_grouped_swiglu(a, b, offsets, bias=None, maps=None, alpha=1.0, limit=None, up_offset=0.0) -> Tensor:
+    return swiglu(gemm_m_grouped(a, b, offsets, True, bias, maps), offsets, alpha, limit, up_offset)
+
+
+def gemm_k_grouped(a, b, offsets, out_dtype: torch.dtype | None = None, maps=None) -> Tensor:
     bounds = offsets.tolist()
+    if maps is not None:
+        b = permute(b, *maps)
     products = [a[i:j].T @ b[i:j] for i, j in zip(bounds, bounds[1:], strict=False)]
     return torch.stack(products).to(out_dtype or a.dtype)
 

@@ -18,6 +18,7 @@ class FusedRows(NamedTuple):
     x: Tensor
     offsets: Tensor
     route: ops.EpRoute
+    maps: None = None
 
 
 class FusedDispatcher:
@@ -51,6 +52,7 @@ class AllToAllRows(NamedTuple):
     receive: list[int]
     token_map: tuple[Tensor, Tensor]
     row_map: tuple[Tensor, Tensor]
+    maps: None = None
 
 
 class AllToAllDispatcher:
