@@ -10,7 +10,8 @@
 namespace xt::cpu {
 
 // Element (i, k) is data[i * row + k * col]; one of the two strides is 1. With `index`, position j along the other
-// dimension stands for line index[j] / divisor of the memory, and for a line of zeros where index[j] < 0.
+// dimension stands for line index[j] / divisor of the memory, and for a line of zeros where index[j] < 0. Where both
+// strides are 1, lines run along v (of V) and along k (of Q).
 struct GemmSide {
   const void* data;
   DType dtype;
