@@ -266,3 +266,20 @@ def ep_combine_bwd(
     num_threads: int,
 ) -> None:
     """Gradients of ep_combine into dy[R,H] and dprobs f32[T,K]."""
+
+def gemm_m_grouped_fp8(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, offsets: Tensor, out: Tensor, num_threads: int
+) -> None:
+    """Per expert out = a @ b.T, float8 a[R,K], b[E,N,K] with scales f32[K/128,ld], [E,N/128,K/128] per 128 k."""
+
+def gemm_k_grouped_fp8(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    offsets: Tensor,
+    beta: float,
+    out: Tensor,
+    num_threads: int,
+) -> None:
+    """Per expert out[e] = beta * out[e] + a_e @ b_e.T for float8 a[M,P], b[N,P] with scales f32[P/128,M], [P/128,N]."""

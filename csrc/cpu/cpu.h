@@ -40,6 +40,10 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
                       int num_threads);
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, int num_threads);
+void gemm_m_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
+                        const Tensor& offsets, const Tensor& out, int num_threads);
+void gemm_k_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
+                        const Tensor& offsets, bool accumulate, const Tensor& out, int num_threads);
 void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, int num_threads);
 
 void ep_prepare(const Tensor& topk_idx, const Peers& peers, const Tensor& counts, const Tensor& tokens,

@@ -58,7 +58,7 @@ struct Task {
 }  // namespace
 
 GemmPlan plan_gemm(const GemmProblem& p, double work_per_tile, int tile_rows, int tile_cols, bool pairs) {
-  const KBlocks blocks(pairs ? ceil_div(p.num_k, 2) : p.num_k);
+  const KBlocks blocks(p, pairs ? 2 : 1);
   const bool turned = p.out.v_stride != 1, direct = sums_in_output(p.out);
   const int64_t halves = p.epilogue.half ? 2 : 1, v_halves = turned ? 1 : halves, q_halves = turned ? halves : 1;
   GemmPlan plan;
@@ -94,7 +94,7 @@ void run_gemms(const std::vector<GemmProblem>& problems, int num_threads) {
   plans.reserve(problems.size());
   std::vector<Task> tasks;
   for (const GemmProblem& p : problems) {
-    const bool pairs = p.q.dtype == DType::bf16 && isa.gemm_pairs_bf16;
+    const bool pairs = p.q.dtype != DType::f32 && isa.gemm_pairs_bf16;
     plans.push_back(plan_gemm(p, work_per_tile, isa.tile_rows, isa.tile_cols, pairs));
     const GemmPlan& plan = plans.back();
     for (int64_t v = 0; v < p.num_v; v += plan.v_part) {

@@ -9,9 +9,17 @@
 
 namespace xt::cpu {
 
+// Factors of a float8 side: those of line i and of block b of 128 k are data[i / lines * line + b * block].
+struct GemmScale {
+  const float* data = nullptr;
+  int64_t lines, line, block;
+};
+
 // Element (i, k) is data[i * row + k * col]; one of the two strides is 1. With `index`, position j along the other
 // dimension stands for line index[j] / divisor of the memory, and for a line of zeros where index[j] < 0. Where both
 // strides are 1, lines run along v (of V) and along k (of Q).
+// float8 comes without index, with col 1, zeros up to the next multiple of 128 k, and scales on both sides: the sum of
+// each block of 128 k is multiplied by the product of its two scales, then added to those before.
 struct GemmSide {
   const void* data;
   DType dtype;
@@ -20,6 +28,7 @@ struct GemmSide {
   const int32_t* index = nullptr;
   int32_t divisor = 1;
   const void* zeros = nullptr;  // such a line; needed with `index`
+  GemmScale scale = {};
 };
 
 // Element (q, v) is data[q * q_stride + v * v_stride]; one of the two strides is 1.
@@ -47,12 +56,18 @@ struct GemmProblem {
   GemmEpilogue epilogue = {};
 };
 
-// How a problem's k is cut: depends on the length alone, because it decides the order of summation. Counted in units
-// of 32 bits as they lie in packed memory: one float, or a pair of bfloat16 where the processor multiplies those.
+// How a problem's k is cut: depends on its length and on whether there are scales, because it decides the order of
+// summation. Counted in units of 32 bits as they lie in packed memory: one float, or a pair of bfloat16 where the
+// processor multiplies those.
 struct KBlocks {
-  static constexpr int64_t longest = 256;
+  static constexpr int64_t longest = 256, scaled = 128;  // units, elements
   int64_t count, length;
-  explicit KBlocks(int64_t units) : count((units + longest - 1) / longest), length((units + count - 1) / count) {}
+  KBlocks(const GemmProblem& p, int64_t unit_elements) {
+    const int64_t units = (p.num_k + unit_elements - 1) / unit_elements;
+    const int64_t most = p.q.scale.data ? scaled / unit_elements : longest;
+    count = (units + most - 1) / most;
+    length = p.q.scale.data ? most : (units + count - 1) / count;
+  }
 };
 
 // How a problem is cut into tiles, and how a tile is worked on. Affects speed only.

@@ -94,6 +94,17 @@ void ArgChecker::memory(const char* name, const Tensor& t) {
   }
 }
 
+void ArgChecker::strided(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
+                         std::initializer_list<Dim> dims) {
+  shape(name, t, dtypes, dims);
+  memory(name, t);
+}
+
+void ArgChecker::fp8_dim(const char* name, int64_t size) const {
+  require(size % 128 == 0, name, " must be a multiple of 128 for float8 (one scale covers 128 values), got ", size,
+          "; use bfloat16 for this layer");
+}
+
 void ArgChecker::no_kernel() const {
 #ifndef XT_CUDA
   if (device_.type == DeviceType::cuda) {

@@ -33,6 +33,10 @@ class ArgChecker {
     require(num_experts_per_tok > 0 && num_experts_per_tok <= INT32_MAX, "num_experts_per_tok must be positive, got ",
             num_experts_per_tok);
   }
+  // The same with any strides.
+  void strided(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims);
+  // A feature dim of a float8 operand is whole blocks of 128.
+  void fp8_dim(const char* name, int64_t size) const;
 
   // A condition on values rather than on tensors.
   template <class... Parts>

@@ -10,11 +10,6 @@ void check_params(const ArgChecker& check, QuantizeParams params) {
   check.require(params.eps >= 1e-30 && params.eps <= 1, "eps must be in [1e-30, 1], got ", params.eps);
 }
 
-void check_multiple(const ArgChecker& check, const char* name, int64_t size) {
-  check.require(size % 128 == 0, name, " must be a multiple of 128 for float8 (one scale covers 128 values), got ",
-                size, "; use bfloat16 for this layer");
-}
-
 }  // namespace
 
 void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
@@ -22,7 +17,7 @@ void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams param
   ArgChecker check("quantize_1x128");
   check.tensor("x", x, data_dtypes, {{"R"}, {"H"}});
   const int64_t r = x.shape[0], h = x.shape[1];
-  check_multiple(check, "H", h);
+  check.fp8_dim("H", h);
   if (offsets) {
     check.tensor("offsets", *offsets, {DType::i64}, {{"E+1"}});
     check.require(offsets->shape[0] >= 1, "offsets must hold E+1 values, got none");
@@ -42,8 +37,8 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
   check.tensor("w", w, data_dtypes, {{"E"}, {"N"}, {"K"}});
   const int64_t n = w.shape[1], k = w.shape[2];
   const Dim experts = {"E", w.shape[0]};
-  check_multiple(check, "N", n);
-  check_multiple(check, "K", k);
+  check.fp8_dim("N", n);
+  check.fp8_dim("K", k);
   check_params(check, params);
   check.tensor("q", q, fp8_dtypes, {experts, {"N", n}, {"K", k}});
   check.tensor("qt", qt, {q.dtype}, {experts, {"K", k}, {"N", n}});
@@ -59,7 +54,7 @@ void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams para
   ArgChecker check("quantize_rowcol");
   check.tensor("x", x, data_dtypes, {{"R"}, {"H"}});
   const int64_t r = x.shape[0], h = x.shape[1];
-  check_multiple(check, "H", h);
+  check.fp8_dim("H", h);
   check.tensor("offsets", offsets, {DType::i64}, {{"E+1"}});
   check.require(offsets.shape[0] >= 1, "offsets must hold E+1 values, got none");
   check_params(check, params);
@@ -79,14 +74,14 @@ void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, Stream 
   if (q.ndim == 3) {
     check.tensor("q", q, fp8_dtypes, {{"E"}, {"N"}, {"K"}});
     const Dim experts = {"E", q.shape[0]}, n = {"N", q.shape[1]}, k = {"K", q.shape[2]};
-    check_multiple(check, "N", n.size);
-    check_multiple(check, "K", k.size);
+    check.fp8_dim("N", n.size);
+    check.fp8_dim("K", k.size);
     check.tensor("scale", scale, {DType::f32}, {experts, {"N/128", n.size / 128}, {"K/128", k.size / 128}});
     check.tensor("out", out, data_dtypes, {experts, n, k});
   } else {
     check.tensor("q", q, fp8_dtypes, {{"R"}, {"H"}});
     const Dim rows = {"R", q.shape[0]}, h = {"H", q.shape[1]};
-    check_multiple(check, "H", h.size);
+    check.fp8_dim("H", h.size);
     check.tensor("scale", scale, {DType::f32}, {{"H/128", h.size / 128}, {"ld"}});
     check.require(scale.shape[1] >= rows.size, "scale must have a column for each of the R=", rows.size, " rows, got ",
                   scale.shape[1]);

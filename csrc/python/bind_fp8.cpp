@@ -1,8 +1,10 @@
-// float8: quantization and back.
+// float8: quantization and back, grouped products.
 #include <pybind11/stl.h>
 
 #include "bind.h"
 #include "tensor_caster.h"
+#include "xtuner/ops/gemm_k_grouped_fp8.h"
+#include "xtuner/ops/gemm_m_grouped_fp8.h"
 #include "xtuner/ops/quantize.h"
 
 namespace xt::python {
@@ -41,6 +43,24 @@ void dequantize(py::handle q, py::handle scale, py::handle out, int num_threads)
   xt::dequantize(*codes, *s, *o, stream_of(codes, num_threads));
 }
 
+void gemm_m_grouped_fp8(py::handle a, py::handle scale_a, py::handle b, py::handle scale_b, py::handle offsets,
+                        py::handle out, int num_threads) {
+  const char* op = "gemm_m_grouped_fp8";
+  Arg ta(op, "a", a), sa(op, "scale_a", scale_a), tb(op, "b", b), sb(op, "scale_b", scale_b);
+  Arg to(op, "offsets", offsets), tc(op, "out", out);
+  py::gil_scoped_release nogil;
+  xt::gemm_m_grouped_fp8(*ta, *sa, *tb, *sb, *to, *tc, stream_of(ta, num_threads));
+}
+
+void gemm_k_grouped_fp8(py::handle a, py::handle scale_a, py::handle b, py::handle scale_b, py::handle offsets,
+                        double beta, py::handle out, int num_threads) {
+  const char* op = "gemm_k_grouped_fp8";
+  Arg ta(op, "a", a), sa(op, "scale_a", scale_a), tb(op, "b", b), sb(op, "scale_b", scale_b);
+  Arg to(op, "offsets", offsets), tc(op, "out", out);
+  py::gil_scoped_release nogil;
+  xt::gemm_k_grouped_fp8(*ta, *sa, *tb, *sb, *to, beta, *tc, stream_of(ta, num_threads));
+}
+
 }  // namespace
 
 void bind_fp8(py::module_& m) {
@@ -51,6 +71,10 @@ void bind_fp8(py::module_& m) {
         "num_threads"_a);
   m.def("quantize_rowcol", &quantize_rowcol, "x"_a, "offsets"_a, "power_of_two"_a, "eps"_a, "q"_a, "scale"_a, "qt"_a,
         "scale_t"_a, "num_threads"_a);
+  m.def("gemm_m_grouped_fp8", &gemm_m_grouped_fp8, "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "offsets"_a, "out"_a,
+        "num_threads"_a);
+  m.def("gemm_k_grouped_fp8", &gemm_k_grouped_fp8, "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "offsets"_a, "beta"_a,
+        "out"_a, "num_threads"_a);
   m.def("dequantize", &dequantize, "q"_a, "scale"_a, "out"_a, "num_threads"_a);
 }
 

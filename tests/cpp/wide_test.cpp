@@ -23,6 +23,12 @@ struct Wide {
   static Wide all(float x) {
     return each([&](int) { return x; });
   }
+  static Wide load(const e4m3_t* p) {
+    return each([&](int i) { return static_cast<float>(test::fp8_value(DType::e4m3, p[i].bits)); });
+  }
+  static Wide load(const e5m2_t* p) {
+    return each([&](int i) { return static_cast<float>(test::fp8_value(DType::e5m2, p[i].bits)); });
+  }
   template <class T>
   static Wide load(const T* p) {
     return each([&](int i) { return as_float(p + i); });

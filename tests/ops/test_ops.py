@@ -161,6 +161,8 @@ def samples():
     cu = torch.tensor([0, 5, 12], dtype=torch.int32)
     qkv = [grad(12, 2, 8, seed=i) for i in range(3)]
     probs = torch.rand(row_of.shape)
+    fp8 = ops.quantize_rowcol(randn(rows, 128), offsets)
+    fp8_weights = ops.quantize_128x128(randn(3, 256, 128))[::2]
     with torch.no_grad():
         out, lse = torch.ops.xtuner.attention(*qkv, cu, cu, 7, 7, 0.3, True)
     bounds = (cu, cu, 7, 7, 0.3, True)
@@ -193,6 +195,9 @@ def samples():
         "quantize_1x128": (randn(5, 128), None, torch.float8_e4m3fn, False, 1e-12),
         "quantize_128x128": (randn(2, 128, 256), torch.float8_e4m3fn, True, 1e-12),
         "quantize_rowcol": (randn(rows, 128), offsets, torch.float8_e5m2, False, 1e-12),
+        "gemm_m_grouped_fp8": (*fp8[:2], *fp8_weights, offsets, torch.bfloat16),
+        "gemm_k_grouped_fp8": (*fp8[2:], *fp8[2:], offsets, torch.float32),
+        "gemm_k_grouped_fp8_": (randn(3, 128, 128), *fp8[2:], *fp8[2:], offsets, 1.0),
         "dequantize": (randn(5, 128).to(torch.float8_e4m3fn), torch.rand(1, 8), torch.bfloat16),
         "attention": (*qkv, *bounds),
         "attention_bwd": (randn(12, 2, 8), *(x.detach() for x in qkv), out, lse, *bounds),

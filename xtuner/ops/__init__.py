@@ -7,6 +7,7 @@ from xtuner.ops.ep_combine import ep_combine
 from xtuner.ops.ep_dispatch import ep_dispatch, ep_dispatch_quantized
 from xtuner.ops.ep_prepare import ep_prepare
 from xtuner.ops.faults import raise_faults, watch_faults
+from xtuner.ops.gemm_fp8 import gemm_k_grouped_fp8, gemm_k_grouped_fp8_, gemm_m_grouped_fp8
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped, gemm_m_grouped_swiglu
 from xtuner.ops.linear import linear
@@ -31,7 +32,10 @@ __all__ = [
     "ep_prepare",
     "gemm_k_grouped",
     "gemm_k_grouped_",
+    "gemm_k_grouped_fp8",
+    "gemm_k_grouped_fp8_",
     "gemm_m_grouped",
+    "gemm_m_grouped_fp8",
     "gemm_m_grouped_swiglu",
     "linear",
     "linear_cross_entropy",

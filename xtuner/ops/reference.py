@@ -177,3 +177,16 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     if q.ndim == 3:
         return (x * scale.repeat_interleave(128, 1).repeat_interleave(128, 2)).to(dtype)
     return (x * scale[:, : q.shape[0]].t().repeat_interleave(128, 1)).to(dtype)
+
+
+def gemm_m_grouped_fp8(a, scale_a, b, scale_b, offsets, out_dtype=torch.bfloat16) -> Tensor:
+    exact = dequantize(a, scale_a, torch.float64), dequantize(b, scale_b, torch.float64)
+    exact[0][int(offsets[-1]) :] = 0
+    return gemm_m_grouped(*exact, offsets).to(out_dtype)
+
+
+def gemm_k_grouped_fp8(a, scale_a, b, scale_b, offsets, out_dtype=torch.float32) -> Tensor:
+    blocks = (offsets.diff() + 127) // 128
+    padded = torch.cat([offsets[:1], (blocks * 128).cumsum(0)])
+    left, right = (dequantize(x, s, torch.float64).t() for x, s in ((a, scale_a), (b, scale_b)))
+    return gemm_k_grouped(left, right, padded, out_dtype)

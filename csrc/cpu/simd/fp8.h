@@ -38,12 +38,13 @@ struct Fp8Bits {
   static constexpr int32_t rounder = rebias + ((shift + 1) << 23);
 };
 
-template <class Vec, class F>
-XT_INLINE Vec load_fp8(const F* from) {
+// The numbers of codes in the low bytes of otherwise empty lanes; all of them are bfloat16 numbers, too.
+template <class F, class Vec>
+XT_INLINE Vec fp8_values(typename Vec::Ints code) {
   using Ints = typename Vec::Ints;
   using Floats = typename Vec::Floats;
   using Bits = Fp8Bits<F>;
-  const Ints code = Vec::load_bytes(&from->bits), size = code & 0x7f;
+  const Ints size = code & 0x7f;
   // A subnormal number is read as if its exponent were 1 and it had the leading one that it lacks, then loses that one.
   const Ints subnormal = size < (1 << Fp8<F>::mantissa);
   Ints bits = (size << Bits::shift) + Bits::rebias + (subnormal & (1 << 23));
@@ -51,6 +52,11 @@ XT_INLINE Vec load_fp8(const F* from) {
   bits |= (size >= Fp8<F>::special) & 0x7f800000;
   bits |= (size >= Fp8<F>::nan) & 0x400000;
   return Vec::of(bits | (code & 0x80) << 24);
+}
+
+template <class Vec, class F>
+XT_INLINE Vec load_fp8(const F* from) {
+  return fp8_values<F, Vec>(Vec::load_bytes(&from->bits));
 }
 
 // Codes in the low bytes, for |x| that round to at most the largest number.
@@ -66,22 +72,5 @@ XT_INLINE typename Vec::Ints fp8_codes(Vec x) {
   const Ints subnormal = (Ints)((Floats)size + (Floats)rounder) - rounder;
   return (size < Bits::smallest_normal ? subnormal : normal) | ((bits >> 24) & 0x80);
 }
-
-template <class F>
-XT_INLINE float widen_fp8(F f) {
-  const int32_t size = f.bits & 0x7f;
-  const bool subnormal = size < (1 << Fp8<F>::mantissa);
-  int32_t bits = (size << Fp8Bits<F>::shift) + Fp8Bits<F>::rebias + (subnormal ? 1 << 23 : 0);
-  if (size >= Fp8<F>::special) bits |= 0x7f800000;
-  if (size >= Fp8<F>::nan) bits |= 0x400000;
-  float value, implied_one;
-  __builtin_memcpy(&value, &bits, 4);
-  __builtin_memcpy(&implied_one, &Fp8Bits<F>::smallest_normal, 4);
-  if (subnormal) value -= implied_one;
-  return f.bits & 0x80 ? -value : value;
-}
-
-XT_INLINE float widen(e4m3_t f) { return widen_fp8(f); }
-XT_INLINE float widen(e5m2_t f) { return widen_fp8(f); }
 
 }  // namespace xt::cpu

@@ -1,9 +1,11 @@
-// Copies of operand blocks in the order the innermost loop reads them, in units of 32 bits: floats (bfloat16 is widened
-// on the way), or pairs of neighbouring bfloat16 along k, the last one filled up with zero.
+// Copies of operand blocks in the order the innermost loop reads them, in units of 32 bits: floats, or pairs of
+// neighbouring bfloat16 along k, the last one filled up with zero. What is narrower is widened on the way.
 #pragma once
 #include "cpu/gemm.h"
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/fp8.h"
 #include "cpu/simd/gemm_micro.h"
+#include "cpu/simd/transpose_bytes.h"
 
 namespace xt::cpu {
 
@@ -48,22 +50,43 @@ XT_INLINE float unit_across(const T* line, const T* next, int64_t j) {
   }
 }
 
-// The first n elements of a line as units; meanwhile as many of a later line are brought closer.
+// Lane i: the float8 numbers of codes even[i] and odd[i] as a pair of bfloat16.
+template <class F, class Vec>
+XT_INLINE Vec fp8_pairs(typename Vec::Ints even, typename Vec::Ints odd) {
+  using Ints = typename Vec::Ints;
+  const Ints low = (Ints)fp8_values<F, Vec>(even).v, high = (Ints)fp8_values<F, Vec>(odd).v;
+  return Vec::of(high | ((low >> 16) & 0xffff));
+}
+
+// Vec::width units of a line.
+template <class Vec, class Unit, class T>
+XT_INLINE Vec units_along(const T* line) {
+  if constexpr (Unit::elements == 1) {
+    return Vec::load(line);
+  } else if constexpr (sizeof(T) == 2) {
+    return Vec::load_units(line);
+  } else {
+    const auto codes = (typename Vec::Ints)Vec::load_pairs(reinterpret_cast<const bf16_t*>(line)).v;
+    return fp8_pairs<T, Vec>(codes & 0xff, codes >> 8);
+  }
+}
+
+// The first n elements of a line as units; meanwhile as many of a later line are brought closer. float8 lines are
+// padded: whole vectors are copied.
 template <class Vec, class Unit, class T>
 XT_INLINE void copy_units(const T* line, const T* later, int64_t n, float* to) {
   constexpr int64_t step = Vec::width * Unit::elements, cache_line = 64 / sizeof(T);
+  constexpr bool padded = sizeof(T) == 1;
   int64_t i = 0;
-  for (; i + step <= n; i += step) {
+  for (; padded ? i < n : i + step <= n; i += step) {
     if (i % cache_line == 0) __builtin_prefetch(later + i);
     if constexpr (step > cache_line) __builtin_prefetch(later + i + cache_line);
-    if constexpr (Unit::elements == 2) {
-      Vec::load_units(line + i).store(to + i / 2);
-    } else {
-      Vec::load(line + i).store(to + i);
-    }
+    units_along<Vec, Unit>(line + i).store(to + i / Unit::elements);
   }
-  for (; i < n; i += Unit::elements) {
-    to[i / Unit::elements] = unit_across<Unit>(line + i, i + 1 < n ? line + i + 1 : nullptr, 0);
+  if constexpr (!padded) {
+    for (; i < n; i += Unit::elements) {
+      to[i / Unit::elements] = unit_across<Unit>(line + i, i + 1 < n ? line + i + 1 : nullptr, 0);
+    }
   }
 }
 
@@ -117,6 +140,33 @@ void pack_panel_transposed(const Lines<T>& lines, int64_t v, int64_t n, int64_t 
     }
     for (; k < k1; k += Unit::elements, out += cols) {
       for (int64_t i = 0; i < block; ++i) out[i] = rows[i] ? unit_across<Unit>(rows[i] + k, k + 1 < k1 ? rows[i] + k + 1 : nullptr, 0) : 0.0f;
+    }
+  }
+}
+
+// The same for float8, turned as bytes before it is widened.
+template <class Vec, class Unit, class F>
+void pack_panel_fp8(const Lines<F>& lines, int64_t v, int64_t n, int64_t used, int64_t k0, int64_t k1, float* to) {
+  constexpr int64_t cols = 2 * Vec::width, block = cols < 16 ? cols : 16;
+  for (int64_t j = 0; j < used; j += block) {
+    float* out = to + j;
+    for (int64_t k = k0; k < k1; k += 16) {
+      F rows[16 * 16] = {}, turned[16 * 16];
+      for (int64_t i = 0; i < block && j + i < n; ++i) {
+        __builtin_memcpy(rows + i * 16, lines[v + j + i] + k, 16);
+        __builtin_prefetch(lines[v + j + i] + k + 128);
+      }
+      transpose_bytes16(&rows->bits, 16, &turned->bits, 16);
+      for (int64_t i = 0; i < 16; i += Unit::elements, out += cols) {
+        for (int64_t l = 0; l < block; l += Vec::width) {
+          const F* at = turned + i * 16 + l;
+          if constexpr (Unit::elements == 2) {
+            fp8_pairs<F, Vec>(Vec::load_bytes(&at->bits), Vec::load_bytes(&at[16].bits)).store(out + l);
+          } else {
+            Vec::load(at).store(out + l);
+          }
+        }
+      }
     }
   }
 }

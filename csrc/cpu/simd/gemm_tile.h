@@ -6,16 +6,43 @@
 
 namespace xt::cpu {
 
+// Scales of lines [first, first + n) in block b of k.
+XT_INLINE void scales_of(const GemmScale& s, int64_t first, int64_t n, int64_t b, float* to) {
+  const float* data = s.data + b * s.block;
+  for (int64_t i = 0; i < n && s.lines == 1; ++i) to[i] = data[(first + i) * s.line];
+  for (int64_t i = 0; i < n && s.lines > 1;) {
+    const int64_t group = (first + i) / s.lines, end = (group + 1) * s.lines - first;
+    for (; i < n && i < end; ++i) to[i] = data[group * s.line];
+  }
+}
+
+// to[i, j] (+)= block[i, j] * (q_scale[i] * v_scale[j]), by whole vectors.
+template <class Vec>
+XT_INLINE void promote(const float* block, int64_t m, int64_t n, const float* q_scale, const float* v_scale, float* to,
+                       int64_t to_row, Store store) {
+  for (int64_t i = 0; i < m; ++i, block += 2 * Vec::width, to += to_row) {
+    for (int64_t j = 0; j < n; j += Vec::width) {
+      const Vec factor = Vec::all(q_scale[i]) * Vec::load(v_scale + j), x = Vec::load(block + j);
+      switch (store) {
+        case Store::set: (x * factor).store(to + j); break;
+        case Store::add: fma(x, factor, Vec::load(to + j)).store(to + j); break;
+        case Store::stream: (x * factor).stream(to + j); break;
+      }
+    }
+  }
+}
+
 template <class Vec, class Unit>
 class GemmTileRunner {
   static constexpr int64_t rows = Vec::tile_rows, cols = 2 * Vec::width;
+  static constexpr int64_t most_slice = 96;  // plan_.slice at most
 
  public:
   GemmTileRunner(const GemmTile& t, float* scratch)
       : t_(t),
         p_(*t.problem),
         plan_(*t.plan),
-        blocks_((p_.num_k + Unit::elements - 1) / Unit::elements),
+        blocks_(p_, Unit::elements),
         turned_(p_.out.v_stride != 1),
         num_halves_(p_.epilogue.half ? 2 : 1),
         num_panels_((t.v1 - t.v0 + cols - 1) / cols),
@@ -70,13 +97,22 @@ class GemmTileRunner {
   void pack_v(int64_t b, float* to) const {
     for (int64_t half = 0; half < v_halves_; ++half, to += num_panels_ * cols * blocks_.length) {
       const int64_t v0 = t_.v0 + half * p_.epilogue.half;
-      if constexpr (Unit::elements == 1) {
-        if (p_.v.dtype == DType::f32) {
-          pack_v_typed<float>(v0, b, to);
-          continue;
-        }
+      switch (p_.v.dtype) {
+        case DType::e4m3: pack_v_fp8<e4m3_t>(v0, b, to); break;
+        case DType::e5m2: pack_v_fp8<e5m2_t>(v0, b, to); break;
+        case DType::bf16: pack_v_typed<bf16_t>(v0, b, to); break;
+        default:
+          if constexpr (Unit::elements == 1) pack_v_typed<float>(v0, b, to);
       }
-      pack_v_typed<bf16_t>(v0, b, to);
+    }
+  }
+
+  template <class F>
+  void pack_v_fp8(int64_t v0, int64_t b, float* to) const {
+    const int64_t num_v = t_.v1 - t_.v0, panel = cols * blocks_.length;
+    for (int64_t v = 0; v < num_v; v += cols, to += panel) {
+      const int64_t n = min(cols, num_v - v);
+      pack_panel_fp8<Vec, Unit>(lines<F>(p_.v), v0 + v, n, columns_read(n), k0(b), k1(b), to);
     }
   }
 
@@ -100,17 +136,22 @@ class GemmTileRunner {
 
   QView view_q(int64_t q, int64_t n, int64_t b0, int64_t b1) const {
     if (reads_q_in_place()) return view_in_place(q, b0);
-    if constexpr (Unit::elements == 1) {
-      if (p_.q.dtype == DType::f32) return pack_q<float>(q, n, k0(b0), k1(b1 - 1));
+    const int64_t from = k0(b0), to = k1(b1 - 1);
+    switch (p_.q.dtype) {
+      case DType::e4m3: return pack_q_rows<e4m3_t>(q, n, from, to);
+      case DType::e5m2: return pack_q_rows<e5m2_t>(q, n, from, to);
+      case DType::bf16: return pack_q<bf16_t>(q, n, from, to);
+      default: break;
     }
-    return pack_q<bf16_t>(q, n, k0(b0), k1(b1 - 1));
+    if constexpr (Unit::elements == 1) return pack_q<float>(q, n, from, to);
+    return {};
   }
 
   // Units along k that lie in memory as the innermost loop wants them need no copy.
   bool reads_q_in_place() const {
     if (p_.q.col != 1 || p_.q.index) return false;
     if constexpr (Unit::elements == 1) return p_.q.dtype == DType::f32;
-    return p_.q.row % 2 == 0 && reinterpret_cast<uintptr_t>(p_.q.data) % 4 == 0;
+    return p_.q.dtype == DType::bf16 && p_.q.row % 2 == 0 && reinterpret_cast<uintptr_t>(p_.q.data) % 4 == 0;
   }
 
   QView view_in_place(int64_t q, int64_t b0) const {
@@ -121,13 +162,15 @@ class GemmTileRunner {
   }
 
   template <class T>
+  QView pack_q_rows(int64_t q, int64_t n, int64_t from, int64_t to) const {
+    pack_rows<Vec, Unit>(lines<T>(p_.q), q, n, from, to, packed_q_, plan_.packed_q_row);
+    return {packed_q_, plan_.packed_q_row, 1, rows, rows * plan_.packed_q_row, blocks_.length};
+  }
+
+  template <class T>
   QView pack_q(int64_t q, int64_t n, int64_t from, int64_t to) const {
-    const Lines<T> side = lines<T>(p_.q);
-    if (p_.q.col == 1) {
-      pack_rows<Vec, Unit>(side, q, n, from, to, packed_q_, plan_.packed_q_row);
-      return {packed_q_, plan_.packed_q_row, 1, rows, rows * plan_.packed_q_row, blocks_.length};
-    }
-    pack_groups<Vec, Unit>(side, q, n, from, to, packed_q_);
+    if (p_.q.col == 1) return pack_q_rows<T>(q, n, from, to);
+    pack_groups<Vec, Unit>(lines<T>(p_.q), q, n, from, to, packed_q_);
     return {packed_q_, 1, rows, rows, group_size<Vec>((to - from + Unit::elements - 1) / Unit::elements), blocks_.length};
   }
 
@@ -143,17 +186,24 @@ class GemmTileRunner {
   void multiply(int64_t q, int64_t n, int64_t b, const QView& view, const float* v_block, float* sums) const {
     const int64_t row = direct_ ? p_.out.q_stride : sums_row_;
     const bool add = b > 0 || (direct_ && p_.out.accumulate);
+    float q_scale[most_slice], v_scale[cols] = {};
+    if (p_.q.scale.data) scales_of(p_.q.scale, q, n, b, q_scale);
     const Store store = add ? Store::add : direct_ && streams() ? Store::stream : Store::set;
     for (int64_t half = 0; half < v_halves_; ++half) {
       float* to = direct_ ? static_cast<float*>(p_.out.data) + q * row + t_.v0 + half * p_.epilogue.half
                           : sums + half * num_panels_ * cols;
       for (int64_t v = t_.v0; v < t_.v1; v += cols, v_block += cols * blocks_.length, to += cols) {
         const int64_t width = min(cols, t_.v1 - v);
+        if (p_.v.scale.data) scales_of(p_.v.scale, v, width, b, v_scale);
         for (int64_t i = 0; i < n; i += view.rows) {
           const int64_t m = min(view.rows, n - i);
           const float* from = view.data + i / view.rows * view.group;
           const MicroFn fn = micro_of(width, m);
-          if (!direct_ || width == cols) {
+          if (p_.q.scale.data) {
+            float block[rows * cols];
+            fn(units(b), from, view.row, view.col, v_block, cols, block, cols, Store::set);
+            promote<Vec>(block, m, width, q_scale + i, v_scale, to + i * row, row, store);
+          } else if (!direct_ || width == cols) {
             fn(units(b), from, view.row, view.col, v_block, cols, to + i * row, row, store);
           } else {  // storing whole vectors would run over the output's edge
             float edge[rows * cols];
