@@ -80,6 +80,7 @@ bench: setup
 	$(PY) bench/ops/bench_gemm.py
 	$(PY) bench/ops/bench_moe_movement.py
 	$(PY) bench/ops/bench_ep.py
+	$(PY) bench/ops/bench_fp8.py
 	$(PY) bench/e2e.py
 
 prove: test long sanitize cuda wheel
