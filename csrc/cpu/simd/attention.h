@@ -27,7 +27,7 @@ template <class Vec, class T>
 class AttentionForward : AttentionRows<Vec, T> {
   using Base = AttentionRows<Vec, T>;
   using Sizes = AttentionSizes<Vec>;
-  using Base::num_rows, Base::p_, Base::t_;
+  using Base::num_rows, Base::p_, Base::t_, Base::tail_;
   static constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
 
  public:
@@ -60,7 +60,8 @@ class AttentionForward : AttentionRows<Vec, T> {
         attend(r, rows - r < Sizes::slice ? rows - r : Sizes::slice, k0, n);
       }
     }
-    for (int64_t r = 0; r < rows; ++r) write(r);
+    auto row = this->queries(0);
+    for (int64_t r = 0; r < rows; ++r, row.next()) write(r, row);
   }
 
  private:
@@ -73,8 +74,7 @@ class AttentionForward : AttentionRows<Vec, T> {
     multiply<Vec>(m, n, {q_ + r0 * q_row, q_row, 1}, Base::turned(k_, width), scores_, row, false,
                   [&](int64_t, int64_t i1, int64_t j) { return Extent{0, j < visible[i1 - 1] ? width : 0}; });
     for (int64_t i = 0; i < m; ++i) {
-      const int64_t last = i / Sizes::rows * Sizes::rows + Sizes::rows;
-      softmax(r0 + i, scores_ + i * row, visible[i], visible[(last < m ? last : m) - 1]);
+      softmax(r0 + i, scores_ + i * row, visible[i], visible[this->tile_end(i, m) - 1]);
     }
     multiply<Vec>(m, p_.value_width, {scores_, row, 1}, Base::straight(v_, p_.value_width), out_ + r0 * out_row,
                   out_row, true, [&](int64_t, int64_t i1, int64_t) { return Extent{0, visible[i1 - 1]}; });
@@ -82,12 +82,13 @@ class AttentionForward : AttentionRows<Vec, T> {
 
   // Turns n scores into weights and up to `end` into zeros, and brings the row's sums so far to the new maximum.
   XT_INLINE void softmax(int64_t r, float* s, int64_t n, int64_t end) {
-    if (n == 0) {
-      for (int64_t i = 0; i < end; ++i) s[i] = 0;
-      return;
+    const int64_t rest = n % Vec::width, whole = n - rest + (rest ? Vec::width : 0);
+    clear_vectors<Vec>(s, whole, end);
+    if (n == 0) return;
+    if (rest) {
+      float* last = s + whole - Vec::width;
+      tail_.select(rest, Vec::load(last), Vec::all(-__builtin_inff())).store(last);
     }
-    const int64_t whole = (n + Vec::width - 1) / Vec::width * Vec::width;
-    for (int64_t i = n; i < whole; ++i) s[i] = -__builtin_inff();
     const float old = max_[r], top = max_of(s, whole, old);
     const Vec shift = Vec::all(top);
     Vec sum0 = Vec::zero(), sum1 = sum0;
@@ -104,9 +105,10 @@ class AttentionForward : AttentionRows<Vec, T> {
       p.store(s + i);
       sum0 = sum0 + p;
     }
-    for (i = whole; i < end; ++i) s[i] = 0;
     float total = sum(sum0 + sum1);
-    if (top != old) {
+    if (sum_[r] == 0) {
+      max_[r] = top;
+    } else if (top != old) {
       max_[r] = top;
       const float fade = first_of(exp2(Vec::all(old - top)));
       total += fade * sum_[r];
@@ -131,9 +133,15 @@ class AttentionForward : AttentionRows<Vec, T> {
     }
     float lanes[Vec::width];
     select_gt(a, b, a, b).store(lanes);
-    float top = lanes[0];
-    for (int j = 1; j < Vec::width; ++j) top = lanes[j] > top ? lanes[j] : top;
-    return top;
+    const auto larger = [](float x, float y) { return x > y ? x : y; };
+    float t0 = lanes[0], t1 = lanes[1], t2 = lanes[2], t3 = lanes[3];
+    for (int j = 4; j < Vec::width; j += 4) {
+      t0 = larger(t0, lanes[j]);
+      t1 = larger(t1, lanes[j + 1]);
+      t2 = larger(t2, lanes[j + 2]);
+      t3 = larger(t3, lanes[j + 3]);
+    }
+    return larger(larger(t0, t1), larger(t2, t3));
   }
 
   static XT_INLINE float first_of(Vec x) {
@@ -147,11 +155,11 @@ class AttentionForward : AttentionRows<Vec, T> {
     copy_scaled<Vec>(out_ + r * row, factor, out_ + r * row, p_.value_width);
   }
 
-  void write(int64_t r) {
+  void write(int64_t r, const typename Base::Queries& row) {
     const float sum = sum_[r];  // zero: no keys
     const float* from = out_ + r * Sizes::padded(p_.value_width);
-    write_scaled<Vec>(from, sum == 0 ? 0 : 1 / sum, this->query(p_.out, r), p_.value_width);
-    this->lse(r) = sum == 0 ? -__builtin_inff() : ln_2 * max_[r] + __builtin_logf(sum);
+    write_scaled<Vec>(from, sum == 0 ? 0 : 1 / sum, row.row(p_.out, p_.value_width), p_.value_width);
+    row.lse() = sum == 0 ? -__builtin_inff() : ln_2 * max_[r] + __builtin_logf(sum);
   }
 
   float *q_, *out_, *max_, *sum_, *k_, *v_, *scores_;

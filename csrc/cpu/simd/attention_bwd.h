@@ -32,7 +32,7 @@ template <class Vec, class T>
 class AttentionBackward : AttentionRows<Vec, T> {
   using Base = AttentionRows<Vec, T>;
   using Sizes = AttentionSizes<Vec>;
-  using Base::num_rows, Base::p_, Base::t_;
+  using Base::num_rows, Base::p_, Base::t_, Base::tail_;
   static constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
 
  public:
@@ -67,8 +67,9 @@ class AttentionBackward : AttentionRows<Vec, T> {
       }
       for (int64_t i = 0; i < n; ++i) write_key(k0 + i, i);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      write_scaled<Vec>(dq_ + r * row_, p_.scale, this->query(p_.dq, r), p_.width);
+    auto row = this->queries(0);
+    for (int64_t r = 0; r < rows; ++r, row.next()) {
+      write_scaled<Vec>(dq_ + r * row_, p_.scale, row.row(p_.dq, p_.width), p_.width);
     }
   }
 
@@ -86,7 +87,10 @@ class AttentionBackward : AttentionRows<Vec, T> {
                   [&](int64_t, int64_t i1, int64_t j) { return Extent{0, j < visible[i1 - 1] ? width : 0}; });
     multiply<Vec>(m, n, {dout_, value_row_, 1}, Base::turned(turned_v_, value_width), dscores_, row, false,
                   [&](int64_t, int64_t i1, int64_t j) { return Extent{0, j < visible[i1 - 1] ? value_width : 0}; });
-    for (int64_t i = 0; i < m; ++i) scores_to_gradients(r0 + i, i, visible[i], n);
+    auto query = this->queries(r0);
+    for (int64_t i = 0; i < m; ++i, query.next()) {
+      scores_to_gradients(query, i, visible[i], visible[this->tile_end(i, m) - 1]);
+    }
 
     const auto seeing_rows = [&](int64_t i0, int64_t, int64_t) {
       const int64_t first = this->first_row(k0 + i0) - r0;
@@ -99,16 +103,27 @@ class AttentionBackward : AttentionRows<Vec, T> {
                   [&](int64_t, int64_t i1, int64_t) { return Extent{0, visible[i1 - 1]}; });
   }
 
-  // Row i of the slice: n visible scores become weights, and their gradients gradients of the scores; zero up to `end`.
-  XT_INLINE void scores_to_gradients(int64_t r, int64_t i, int64_t n, int64_t end) {
+  // Row i of the slice: n visible scores become weights, and their gradients gradients of the scores. Zeros follow, to
+  // `end` and to the end of the tile of keys.
+  XT_INLINE void scores_to_gradients(const typename Base::Queries& query, int64_t i, int64_t n, int64_t end) {
     float *s = weights_ + i * Sizes::keys_row, *ds = dscores_ + i * Sizes::keys_row;
-    const Vec lse = Vec::all(this->lse(r) * log2_e), delta = Vec::all(dot(dout_ + i * value_row_, this->query(p_.out, r)));
-    for (int64_t j = 0; j < n; j += Vec::width) {
+    const Vec lse = Vec::all(query.lse() * log2_e);
+    const Vec delta = Vec::all(dot(dout_ + i * value_row_, query.row(p_.out, p_.value_width)));
+    const int64_t rest = n % Vec::width, tile = (n + Sizes::rows - 1) / Sizes::rows * Sizes::rows;
+    int64_t j = 0;
+    for (; j < n - rest; j += Vec::width) {
       const Vec p = exp2(Vec::load(s + j) - lse);
       p.store(s + j);
       (p * (Vec::load(ds + j) - delta)).store(ds + j);
     }
-    for (int64_t j = n; j < end; ++j) s[j] = ds[j] = 0;
+    if (rest) {
+      const Vec p = exp2(Vec::load(s + j) - lse), gradient = p * (Vec::load(ds + j) - delta);
+      tail_.select(rest, p, Vec::zero()).store(s + j);
+      tail_.select(rest, gradient, Vec::zero()).store(ds + j);
+      j += Vec::width;
+    }
+    clear_vectors<Vec>(s, j, tile > end ? tile : end);
+    clear_vectors<Vec>(ds, j, tile > end ? tile : end);
   }
 
   XT_INLINE float dot(const float* a, const T* b) const {
