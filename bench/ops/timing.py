@@ -53,16 +53,17 @@ class Report:
     Ends with geometric means; writes everything as JSON when asked to.
     """
 
-    def __init__(self, title: str, unit: str):
+    def __init__(self, title: str, unit: str, add_arguments: Callable = lambda parser: None):
         parser = argparse.ArgumentParser(description=title)
         parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
         parser.add_argument("--budget", type=float, default=0.7, help="seconds per case and rival set")
         parser.add_argument("--json", type=Path, help="add the results to this JSON file")
         parser.add_argument("--isa", choices=sorted(SETTINGS), help="as on a processor with no more than this")
+        add_arguments(parser)
         self.args = parser.parse_args()
         self.emulated = run_as(self.args.isa)
         self.title = title if self.args.isa is None else f"{title}, as on {self.args.isa}"
-        self.unit, self.rows = unit, []
+        self.unit, self.rows, self.extra = unit, [], {}
 
     def case(self, group: str, shape: str, work: float, calls: dict[str, Callable]) -> None:
         """`calls` begins with ours; `work` is in units of 1e9 per call (GFLOP or GB), counted alike for all."""
@@ -101,7 +102,7 @@ class Report:
             print(f"geomean {mean['wall']:.2f}x ({mean['cpu']:.2f}x)  {name}")
         if self.args.json:
             everything = json.loads(self.args.json.read_text()) if self.args.json.exists() else {}
-            entry = {"machine": self.machine(), "unit": self.unit, "geomean": summary, "cases": self.rows}
+            entry = {"machine": self.machine(), "unit": self.unit, "geomean": summary, **self.extra, "cases": self.rows}
             everything[self.title] = entry
             self.args.json.write_text(json.dumps(everything, indent=1) + "\n")
 
