@@ -1,4 +1,4 @@
-"""Grouped GEMM against a loop of torch.mm over the experts (both into given memory) and torch._grouped_mm (both allocate).
+"""Grouped GEMM against a loop of torch.mm over the experts (both into given memory) and torch._grouped_mm (allocating).
 
 forward: x W^T; dgrad: g W; wgrad: g^T x, on the shapes of shapes.py. Rates count 2 * rows * N * K for everybody. At the
 end, per direction, the geometric mean over cases of our speed over the faster rival's, and the share of the machine's

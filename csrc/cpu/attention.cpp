@@ -96,7 +96,7 @@ void run_tasks(const AttentionProblem& p, std::vector<AttentionTask>& tasks, Tas
 
 void clear_keys(const Tensor& x, const Document& d) {
   const int64_t bytes = x.shape[1] * x.shape[2] * size_of(x.dtype);
-  if (bytes * d.num_k) std::memset(x.ptr<char>() + d.k_begin * bytes, 0, static_cast<size_t>(d.num_k * bytes));
+  if (bytes > 0 && d.num_k > 0) std::memset(x.ptr<char>() + d.k_begin * bytes, 0, static_cast<size_t>(d.num_k * bytes));
 }
 
 // Sums of [dk | dv] rows of one document and key head, one buffer for each part of its queries.

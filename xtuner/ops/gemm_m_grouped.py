@@ -135,7 +135,11 @@ def _backward_swiglu(ctx, dact: Tensor | None, dout: Tensor | None):
 
 
 _OPTIONS = "Tensor? bias, Tensor? row_of, Tensor? src"
-define(f"gemm_m_grouped(Tensor a, Tensor b, Tensor offsets, bool trans_b, {_OPTIONS}) -> Tensor", _gemm_m_grouped, _fake)
+define(
+    f"gemm_m_grouped(Tensor a, Tensor b, Tensor offsets, bool trans_b, {_OPTIONS}) -> Tensor",
+    _gemm_m_grouped,
+    _fake,
+)
 autograd("gemm_m_grouped", _backward, _setup)
 define(
     f"gemm_m_grouped_swiglu(Tensor a, Tensor b, Tensor offsets, {_OPTIONS}, float alpha, float? limit, float up_offset)"
