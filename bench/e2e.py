@@ -298,14 +298,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--isa", choices=sorted(SETTINGS), help="as on a processor with no more than this")
     parser.add_argument("--profile", action="store_true", help="print where the first two sides spend their time")
-    parser.add_argument("--curve", action="store_true", help=f"{CURVE_STEPS} steps of one document at a high rate")
+    parser.add_argument("--curve", action="store_true", help=f"{CURVE_STEPS} steps of one document")
     parser.add_argument("--apart", action="store_true", help="each side in a process of its own")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     if args.apart and args.profile:
         parser.error("--profile needs all sides in this process, so not --apart")
     if args.curve:
-        args.steps, args.warmup, args.batch, args.lr = CURVE_STEPS, 0, 1, 1e-3
+        # Not at a higher rate than asked for: at 1e-3 without warm-up this shape is chaotic, and transformers differs
+        # from itself by 8e-3 after its weights are changed by one rounding.
+        args.steps, args.warmup, args.batch = CURVE_STEPS, 0, 1
         args.implementations = args.implementations[:1]
     return args
 

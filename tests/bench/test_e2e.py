@@ -43,7 +43,8 @@ def test_sides_in_processes_of_their_own(tmp_path):
 
 
 def test_curves_profile_and_emulation(tmp_path):
-    command = [sys.executable, str(BENCH), *TINY.split(), "--curve", "--profile", "--json", str(tmp_path / "out.json")]
+    modes = ["--curve", "--lr", "1e-3", "--profile"]
+    command = [sys.executable, str(BENCH), *TINY.split(), *modes, "--json", str(tmp_path / "out.json")]
     if "avx2" in xtuner.build_info()["isas"]:
         command += ["--isa", "avx2"]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
