@@ -1,11 +1,9 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
 namespace xt::cpu {
@@ -26,24 +24,6 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // `extent` in equal parts of at most `most`, each a multiple of `step` (except the last).
 int64_t even_part(int64_t extent, int64_t most, int64_t step) {
   return round_up(ceil_div(extent, ceil_div(extent, most)), step);
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-// This thread's scratch memory, kept from call to call.
-float* thread_scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory.reset();
-    size = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64)))));
-    if (!memory) throw std::bad_alloc();
-    size = floats;
-  }
-  return memory.get();
 }
 
 double work_of(const GemmProblem& p, int64_t num_q, int64_t num_v) {
