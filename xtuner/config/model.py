@@ -23,6 +23,9 @@ class MoEConfig(ConfigBase):
     num_experts_per_tok: int = Field(gt=0, description="experts each token visits (top-k)")
     moe_intermediate_size: int = Field(gt=0, description="hidden width of one expert")
     norm_topk_prob: bool = Field(True, description="rescale the chosen experts' weights to sum to one")
+    choice_bias: bool = Field(
+        False, description="a bias per expert, added to the scores for the choice only; see loss.bias_update_rate"
+    )
 
     @model_validator(mode="after")
     def _check(self):

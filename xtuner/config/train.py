@@ -33,6 +33,9 @@ class LossConfig(ConfigBase):
     )
     aux_loss_coef: float = Field(0.001, ge=0, description="weight of the load-balancing loss")
     z_loss_coef: float = Field(0.0, ge=0, description="weight of the router z-loss")
+    bias_update_rate: float = Field(
+        0.0, ge=0, description="balance by a bias per expert on the choice, moved this much per step; 0: no such bias"
+    )
 
 
 class OptimConfig(ConfigBase):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from xtuner.config import LossConfig
 from xtuner.models import ModelOutput
 from xtuner.nn.loss import load_balancing_loss, z_loss
 from xtuner.nn.router import RouterStats
-from xtuner.optim import clip_grad_norm
+from xtuner.optim import clip_grad_norm, update_choice_bias
 from xtuner.parallel import World
 
 
@@ -30,6 +31,7 @@ class StepResult:
     num_tokens      tokens that went through the model
     load_imbalance  busiest expert's tokens over the mean, averaged over MoE layers; 1 is perfect balance
     router_entropy  mean entropy of the routing distribution, in nats
+    expert_counts   float64 [L, E], choices that went to each expert of each MoE layer
     """
 
     loss: float
@@ -40,6 +42,11 @@ class StepResult:
     num_tokens: int
     load_imbalance: float | None
     router_entropy: float | None
+    expert_counts: Tensor | None
+
+    def figures(self) -> dict[str, Any]:
+        """All but the counts."""
+        return {name: value for name, value in asdict(self).items() if name != "expert_counts"}
 
 
 def train_step(
@@ -69,7 +76,10 @@ def train_step(
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return meter.result(grad_norm, skipped=not finite)
+    result = meter.result(grad_norm, skipped=not finite)
+    if finite and loss_cfg.bias_update_rate:
+        update_choice_bias(model, result.expert_counts, loss_cfg.bias_update_rate)
+    return result
 
 
 def forward_loss(model: nn.Module, batch: Batch) -> ModelOutput:
@@ -130,10 +140,7 @@ class _Meter:
         flat = self.sums if self.counts is None else torch.cat([self.sums, self.counts.flatten()])
         flat = self.world.all_reduce_sum(flat)
         loss, aux, z, tokens, entropy = flat[:5].tolist()
-        imbalance = None
-        if self.counts is not None:
-            counts_LE = flat[5:].view_as(self.counts)
-            imbalance = (counts_LE.amax(1) / counts_LE.mean(1).clamp_min(1e-9)).mean().item()
+        counts_LE = None if self.counts is None else flat[5:].view_as(self.counts)
         return StepResult(
             loss=loss,
             aux_loss=aux,
@@ -141,6 +148,12 @@ class _Meter:
             grad_norm=grad_norm,
             skipped=skipped,
             num_tokens=int(tokens),
-            load_imbalance=imbalance,
-            router_entropy=entropy / tokens if self.counts is not None and tokens else None,
+            load_imbalance=None if counts_LE is None else load_imbalance(counts_LE).mean().item(),
+            router_entropy=entropy / tokens if counts_LE is not None and tokens else None,
+            expert_counts=counts_LE,
         )
+
+
+def load_imbalance(counts_LE: Tensor) -> Tensor:
+    """[L]: the busiest expert's share over the mean."""
+    return counts_LE.amax(1) / counts_LE.mean(1).clamp_min(1e-9)

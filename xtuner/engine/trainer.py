@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from xtuner.batch import Batch
 from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, save_checkpoint
-from xtuner.checkpoint.hf import load_hf, save_hf
+from xtuner.checkpoint.hf import load_hf
 from xtuner.config import ModelConfig, TrainConfig, save_config
 from xtuner.data import Loader, PackedDataset, build_dataset
-from xtuner.engine.metrics import MetricsWriter, device_peak_flops, peak_memory_gib, read_metrics
-from xtuner.engine.plot import plot_loss
-from xtuner.engine.screen import Screen, format_seconds
+from xtuner.engine.metrics import MetricsWriter, read_metrics
+from xtuner.engine.report import due, finish, report_step
+from xtuner.engine.screen import Screen
 from xtuner.engine.stop import StopRequest
 from xtuner.engine.train_step import StepResult, train_step
 from xtuner.engine.validate import validation_loss
 from xtuner.errors import ConfigError, DataError
-from xtuner.models import SIZES, build_model, config_from_hf, config_to_hf, flops_per_token, hf_map
+from xtuner.models import SIZES, build_model, config_from_hf, hf_map
 from xtuner.optim import build_adamw, learning_rate
 from xtuner.parallel import World, init_world, shard_model
 
@@ -47,6 +46,7 @@ class Run:
     num_tokens: int = 0
     num_skipped: int = 0
     train_seconds: float = 0.0
+    expert_counts: Tensor | None = None  # [L, E], choices that went to each expert of each MoE layer so far
 
     @property
     def checkpoints(self) -> Path:
@@ -55,6 +55,8 @@ class Run:
     def save(self) -> Path:
         counters = {"num_tokens": self.num_tokens, "num_skipped": self.num_skipped, "train_seconds": self.train_seconds}
         state = {"step": self.step, "counters": counters, "data": self.loader.state_dict(), "arch": _facts(self.arch)}
+        if self.expert_counts is not None:
+            state["expert_counts"] = self.expert_counts.tolist()
         keep = self.cfg.checkpoint.keep_last
         return save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state, keep)
 
@@ -64,6 +66,18 @@ class Run:
         self.loader.load_state_dict(state["data"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        if "expert_counts" in state:
+            self.expert_counts = torch.tensor(state["expert_counts"], dtype=torch.float64)
+
+    def count(self, result: StepResult, seconds: float) -> None:
+        """Add one finished step."""
+        self.step += 1
+        self.num_tokens += result.num_tokens
+        self.num_skipped += result.skipped
+        self.train_seconds += seconds
+        if result.expert_counts is not None:
+            counts_LE = result.expert_counts.cpu()
+            self.expert_counts = counts_LE if self.expert_counts is None else self.expert_counts + counts_LE
 
 
 def train(cfg: TrainConfig, resume: bool = False, prepare: Prepare | None = None) -> dict[str, Any]:
@@ -108,26 +122,23 @@ def _loop(run: Run) -> dict[str, Any]:
             batches = _next_batches(run)
             result = train_step(run.model, run.optimizer, batches, cfg.loss, cfg.optim.max_grad_norm, world)
             seconds = time.perf_counter() - started
-            run.step += 1
-            run.num_tokens += result.num_tokens
-            run.num_skipped += result.skipped
-            run.train_seconds += seconds
+            run.count(result, seconds)
             last = run.step == cfg.steps
-            _report(run, screen, metrics, result, lr, seconds)
-            if run.validation is not None and (last or _due(run.step, cfg.validation.every)):
+            report_step(run, screen, metrics, result, lr, seconds)
+            if run.validation is not None and (last or due(run.step, cfg.validation.every)):
                 held_out = validation_loss(run.model, run.validation, world, cfg.validation.max_packs)
                 screen.note(f"step {run.step}: held-out loss {held_out:.4f} nats/token")
                 if metrics:
                     metrics.write("validation", run.step, {"loss": held_out})
             stopped = world.any(stop.requested) and not last
-            if stopped or (last and cfg.checkpoint.final) or _due(run.step, cfg.checkpoint.every):
+            if stopped or (last and cfg.checkpoint.final) or due(run.step, cfg.checkpoint.every):
                 run.save()
     if metrics:
         metrics.close()
     if stopped:
         screen.note(f"stopped after step {run.step}; the run continues with --resume auto")
         return {"step": run.step, "stopped": True}
-    return _finish(run, screen, held_out)
+    return finish(run, screen, held_out)
 
 
 def _build(cfg: TrainConfig, world: World) -> Run:
@@ -159,6 +170,15 @@ def _build(cfg: TrainConfig, world: World) -> Run:
 
 def _resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the directory its weights come from (None: fresh ones)."""
+    arch, source = _chosen_model(cfg)
+    if cfg.loss.bias_update_rate and arch.moe is None:
+        raise ConfigError(f"loss.bias_update_rate={cfg.loss.bias_update_rate}: a dense model has no experts to balance")
+    if cfg.loss.bias_update_rate:
+        arch = arch.model_copy(update={"moe": arch.moe.model_copy(update={"choice_bias": True})})
+    return arch, source
+
+
+def _chosen_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
     if cfg.model.path is not None:
         return config_from_hf(cfg.model.path), cfg.model.path
     if cfg.model.arch is not None:
@@ -192,78 +212,6 @@ def _next_batches(run: Run) -> list[Batch]:
     return [batch.to(run.world.device) for batch in batches]
 
 
-def _report(
-    run: Run, screen: Screen, metrics: MetricsWriter | None, result: StepResult, lr: float, seconds: float
-) -> None:
-    tokens_per_second = result.num_tokens / seconds
-    memory = peak_memory_gib(run.world.device)
-    screen.step(run.step, result.loss, tokens_per_second, memory)
-    if result.skipped:
-        screen.note(f"step {run.step}: gradient norm is {result.grad_norm}, step skipped ({run.num_skipped} so far)")
-    if metrics and (_due(run.step, run.cfg.log.every) or run.step == run.cfg.steps):
-        peak = device_peak_flops(run.world.device)
-        flops = flops_per_token(run.arch, run.cfg.data.pack_max_length) * tokens_per_second / run.world.size
-        extra = {
-            "lr": lr,
-            "tokens_per_second": tokens_per_second,
-            "mfu": flops / peak if peak else None,
-            "memory_gib": memory,
-        }
-        metrics.write("train", run.step, asdict(result) | extra)
-
-
-def _finish(run: Run, screen: Screen, held_out: float | None) -> dict[str, Any]:
-    """Export, plot, summarise."""
-    cfg, world = run.cfg, run.world
-    if cfg.checkpoint.export_hf:
-        save_hf(
-            run.model,
-            hf_map(run.arch),
-            cfg.run_dir / "hf",
-            config=config_to_hf(run.arch),
-            dtype=getattr(torch, cfg.checkpoint.export_dtype),
-            tokenizer_dir=cfg.data.tokenizer or cfg.model.path,
-        )
-    summary = {
-        "step": run.step,
-        "num_tokens": run.num_tokens,
-        "train_seconds": round(run.train_seconds, 2),
-        "tokens_per_second": round(run.num_tokens / max(run.train_seconds, 1e-9), 1),
-        "validation_loss": held_out,
-        "reference_losses": cfg.log.reference_losses,
-        "num_skipped": run.num_skipped,
-        "peak_memory_gib": round(peak_memory_gib(world.device), 2),
-        "ranks": world.size,
-        "stopped": False,
-    }
-    if world.is_main:
-        plot_loss(cfg.run_dir / "metrics.jsonl", cfg.run_dir / "loss.png", cfg.log.reference_losses)
-        (cfg.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        screen.summary("Training finished", _summary_rows(summary, cfg))
-    world.barrier()
-    return summary
-
-
-def _summary_rows(summary: dict[str, Any], cfg: TrainConfig) -> dict[str, str]:
-    rows = {
-        "steps": f"{summary['step']:,}",
-        "tokens": f"{summary['num_tokens']:,}",
-        "time in steps": format_seconds(summary["train_seconds"]),
-        "tokens/s": f"{summary['tokens_per_second']:,.0f} on {summary['ranks']} rank(s)",
-        "peak memory": f"{summary['peak_memory_gib']:.2f} GiB on rank 0",
-        "skipped steps": str(summary["num_skipped"]),
-    }
-    held_out = summary["validation_loss"]
-    if held_out is not None:
-        rows["held-out loss"] = f"{held_out:.4f} nats/token"
-        for name, level in summary["reference_losses"].items():
-            rows[f"  against {name}"] = f"{level:.4f} nats/token: {100 * (held_out / level - 1):+.1f} %"
-    rows["loss curve"] = str(cfg.run_dir / "loss.png")
-    if cfg.checkpoint.export_hf:
-        rows["Hugging Face"] = str(cfg.run_dir / "hf")
-    return rows
-
-
 def _on_local_main_first(world: World, action: Callable[[], Any]) -> Any:
     """Let one process of each node do shared work (a cache, a download) before the others find it done."""
     if world.local_rank == 0:
@@ -275,10 +223,6 @@ def _on_local_main_first(world: World, action: Callable[[], Any]) -> Any:
 def _last_validation(run_dir: Path) -> float | None:
     losses = [r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "validation"]
     return losses[-1] if losses else None
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def _facts(arch: ModelConfig) -> dict[str, Any]:

@@ -15,7 +15,9 @@ BLOCK_ROWS = 256
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, std: float) -> None:
-    """Matrices normal(0, std), norm scales 1, biases 0. A parameter's values depend on (seed, its name) alone."""
+    """Matrices normal(0, std), norm scales 1, biases 0, buffers 0. A parameter's values depend on (seed, its name)."""
+    for buffer in model.buffers():  # the routers' choice biases
+        buffer.zero_()
     for name, param in model.named_parameters():
         local, first_row = local_rows(param)
         if param.ndim >= 2:

@@ -60,7 +60,9 @@ class MoE(nn.Module):
     def __init__(self, hidden_size: int, cfg: MoEConfig):
         super().__init__()
         self.num_experts = cfg.num_experts
-        self.gate = Router(hidden_size, cfg.num_experts, cfg.num_experts_per_tok, cfg.norm_topk_prob)
+        self.gate = Router(
+            hidden_size, cfg.num_experts, cfg.num_experts_per_tok, cfg.norm_topk_prob, cfg.choice_bias
+        )
         self.w13 = nn.Parameter(torch.empty(cfg.num_experts * 2 * cfg.moe_intermediate_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(cfg.num_experts * hidden_size, cfg.moe_intermediate_size))
         self.dispatcher: TokenDispatcher = LocalDispatcher()

@@ -25,11 +25,23 @@ class RouterStats(NamedTuple):
 
 
 class Router(nn.Module):
-    """Top-k over a softmax, computed in float32."""
+    """Top-k over a softmax, computed in float32.
 
-    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int, norm_topk_prob: bool):
+    With `choice_bias` a buffer of that name, float32 [E], is added to the probabilities for the choice only, which
+    balances load without a loss (Wang et al. 2024, arXiv 2408.15664): weights and gradients do not see it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        norm_topk_prob: bool,
+        choice_bias: bool = False,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("choice_bias", torch.zeros(num_experts) if choice_bias else None)
         self.top_k, self.normalise = num_experts_per_tok, norm_topk_prob
 
     def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, Tensor, RouterStats]:
@@ -41,7 +53,10 @@ class Router(nn.Module):
         logsumexp_T = logits_TE.logsumexp(-1)
         probs_TE = (logits_TE - logsumexp_T[:, None]).exp()
         if topk_idx is None:
-            topk_idx = torch.topk(probs_TE.detach(), self.top_k, dim=-1).indices
+            scores_TE = probs_TE.detach()
+            if self.choice_bias is not None:
+                scores_TE = scores_TE + self.choice_bias
+            topk_idx = torch.topk(scores_TE, self.top_k, dim=-1).indices
         topk_idx = topk_idx.long()
         weights_TK = probs_TE.gather(1, topk_idx)
         if self.normalise:
