@@ -2,6 +2,7 @@
 // They only put work on the stream: no allocation, no synchronisation, so every op can be captured into a CUDA graph.
 // Values (indices, offsets) are checked on the device: bad ones are skipped and noted in stream.fault.
 #pragma once
+#include "xtuner/ops/quantize.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/stream.h"
 #include "xtuner/tensor.h"
@@ -18,5 +19,12 @@ void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, Stream stream);
 void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
                 const Tensor& dx, Stream stream);
+void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
+                    Stream stream);
+void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, const Tensor& qt, const Tensor& scale,
+                      Stream stream);
+void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
+                     const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream);
+void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, Stream stream);
 
 }  // namespace xt::cuda

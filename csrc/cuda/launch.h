@@ -66,4 +66,15 @@ __device__ inline int64_t grid_warp() {
 __device__ inline int64_t grid_warps() { return static_cast<int64_t>(gridDim.x) * (blockDim.x / warp_size); }
 __device__ inline int lane() { return static_cast<int>(threadIdx.x) % warp_size; }
 
+// The sum of v over this lane and those before it.
+template <class T>
+__device__ T inclusive_sum(T v) {
+#pragma unroll
+  for (int step = 1; step < warp_size; step *= 2) {
+    const T before = __shfl_up_sync(all_lanes, v, step);
+    if (lane() >= step) v += before;
+  }
+  return v;
+}
+
 }  // namespace xt::cuda

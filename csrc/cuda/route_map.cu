@@ -61,17 +61,6 @@ __global__ void __launch_bounds__(block_threads)
   } while (first < num_experts);
 }
 
-// The sum of v over this lane and those before it.
-template <class T>
-__device__ T inclusive_sum(T v) {
-#pragma unroll
-  for (int step = 1; step < warp_size; step *= 2) {
-    const T before = __shfl_up_sync(all_lanes, v, step);
-    if (lane() >= step) v += before;
-  }
-  return v;
-}
-
 // In place, block_counts[e, b] becomes the rank within expert e of block b's first choice. One block does it all, a
 // warp per expert: the array is small, and a second kernel would cost more than it saves.
 __global__ void __launch_bounds__(scan_threads)

@@ -88,7 +88,8 @@ void ArgChecker::memory(const char* name, const Tensor& t) {
     fail(op_, ": ", name, " must be on ", name_of(device_), " like the arguments before it, got ", describe(t));
   }
   const uint64_t past_16 = reinterpret_cast<uintptr_t>(t.data) % 16;
-  if (t.device.type == DeviceType::cuda && (t.dtype == DType::f32 || t.dtype == DType::bf16) && past_16) {
+  const bool floating = t.dtype != DType::i32 && t.dtype != DType::i64;
+  if (t.device.type == DeviceType::cuda && floating && past_16) {
     fail(op_, ": ", name, " must start at a multiple of 16 bytes, got ", describe(t), " starting ", past_16,
          " bytes past one (a view into a larger tensor? clone() it)");
   }

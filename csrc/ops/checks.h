@@ -21,7 +21,7 @@ class ArgChecker {
   explicit ArgChecker(const char* op) : op_(op) {}
 
   // `t` has one of these dtypes and this shape, is contiguous, on the device of the first argument and, on a GPU, starts
-  // at a multiple of 16 bytes if it holds float32 or bfloat16.
+  // at a multiple of 16 bytes unless it holds integers.
   void tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims);
   // The same, but only the last dim must be contiguous.
   void rows(const char* name, const Tensor& t, std::initializer_list<DType> dtypes, std::initializer_list<Dim> dims);

@@ -13,6 +13,7 @@ std::string describe_fault(uint64_t word) {
     case Fault::unpermute_bwd_maps:
       return "unpermute_bwd: src and row_of must be each other's inverse, but differ at index " + index;
     case Fault::offsets: return "offsets[E] must be in [0, R], got " + index;
+    case Fault::offsets_order: return "offsets must ascend from 0, but those of expert " + index + " do not";
     default: return "not a fault: " + std::to_string(word);
   }
 }

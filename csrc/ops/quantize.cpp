@@ -1,6 +1,7 @@
 #include "xtuner/ops/quantize.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace xt {
@@ -27,6 +28,9 @@ void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams param
   check.tensor("scale", scale, {DType::f32}, {{"H/128", h / 128}, {"ld", row_scale_ld(r)}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::quantize_1x128(x, offsets, params, q, scale, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::quantize_1x128(x, offsets, params, q, scale, stream);
+#endif
     default: check.no_kernel();
   }
 }
@@ -45,6 +49,9 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
   check.tensor("scale", scale, {DType::f32}, {experts, {"N/128", n / 128}, {"K/128", k / 128}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::quantize_128x128(w, params, q, qt, scale, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::quantize_128x128(w, params, q, qt, scale, stream);
+#endif
     default: check.no_kernel();
   }
 }
@@ -65,6 +72,9 @@ void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams para
   check.tensor("scale_t", scale_t, {DType::f32}, {{"P/128", p / 128}, {"H", h}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::quantize_rowcol(x, offsets, params, q, scale, qt, scale_t, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::quantize_rowcol(x, offsets, params, q, scale, qt, scale_t, stream);
+#endif
     default: check.no_kernel();
   }
 }
@@ -89,6 +99,9 @@ void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, Stream 
   }
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::dequantize(q, scale, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::dequantize(q, scale, out, stream);
+#endif
     default: check.no_kernel();
   }
 }

@@ -32,6 +32,28 @@ WIDE = {
 }
 
 
+# Kernel: accesses that move a tile of it, by width in bits; all loads before the first store.
+QUANTIZE = {
+    ("quantize", "quantize_rows_kernelIt"): ({128: 4}, {64: 4}),
+    ("quantize", "quantize_rows_kernelIf"): ({128: 4}, {}),
+    ("quantize", "dequantize_kernelIt"): ({64: 4}, {128: 4}),
+    ("quantize", "dequantize_kernelIf"): ({}, {128: 4}),
+    ("quantize_tiles", "quantize_square_kernelIt"): ({128: 8}, {64: 8, 128: 4}),
+    ("quantize_tiles", "quantize_square_kernelIf"): ({128: 8}, {128: 4}),
+    ("quantize_tiles", "quantize_rowcol_kernelIt"): ({128: 8}, {64: 8, 128: 4}),
+    ("quantize_tiles", "quantize_rowcol_kernelIf"): ({128: 8}, {128: 4}),
+}
+
+
+def register_limit(kernel: str) -> int:
+    """Of 65536 for the threads that a multiprocessor should hold."""
+    if "scan_kernel" in kernel:
+        return 64  # 1024 threads a block
+    if "quantize_rowcol" in kernel:
+        return 128  # 512 threads, whose tiles are 64 KiB of loads
+    return 80  # 3 blocks of 256
+
+
 def cuobjdump(source: str, *arguments: str) -> str:
     tool = TOOLS / "cuobjdump"
     assert tool.exists(), f"{tool} is missing: pip install -r requirements/cuda.txt"
@@ -63,8 +85,7 @@ def test_registers_suffice(source):
     assert len(usage) >= 2 * len(ARCHITECTURES)
     for name, registers, stack, shared, local in usage:
         assert (int(stack), int(local)) == (0, 0), name
-        limit = 64 if "scan_kernel" in name else 80  # 1024 threads a block, or 3 blocks of 256 on each multiprocessor
-        assert int(registers) <= limit, name
+        assert int(registers) <= register_limit(name), name
         assert int(shared) <= 48 << 10, name
 
 
@@ -95,3 +116,29 @@ def test_the_sort_uses_the_warp_instructions(architecture):
         wanted = {"count": {"ATOMS", "BAR"}, "scan_": {"SHFL", "BAR"}, "write": {"MATCH", "ATOMS", "BAR"}}
         (kernel,) = [k for k in wanted if re.search(rf"\d{k}\w*kernel", name)]
         assert wanted[kernel] <= kinds, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("source", "kernel"), QUANTIZE)
+def test_quantizers_move_tiles_in_wide_accesses(source, kernel, architecture):
+    bodies = [body for name, body in functions(source, architecture).items() if kernel in name]
+    assert len(bodies) == 2, "a kernel per format"
+    for opcodes in bodies:
+        for kind, wanted in zip(("LDG", "STG"), QUANTIZE[source, kernel], strict=True):
+            for bits, count in wanted.items():
+                found = [o for o in opcodes if re.match(rf"{kind}\.E\S*\.{bits}\b", o)]
+                assert len(found) >= count, (kind, bits, found)
+        wide = [o[:3] for o in opcodes if re.match(r"(LDG\.E\S*\.128|STG)", o)]
+        loads = wide.count("LDG")
+        first = wide.index("LDG") if loads else 0
+        assert wide[first : first + loads] == ["LDG"] * loads, f"a store between the loads of a tile: {wide}"
+
+
+@pytest.mark.parametrize(("format", "kernels"), [("E4M3", "6e4m3_t"), ("E5M2", "6e5m2_t")])
+def test_hopper_converts_float8_in_hardware(format, kernels):
+    bodies = {n: b for source in ("quantize", "quantize_tiles") for n, b in functions(source, "sm_90a").items()}
+    found = {name: opcodes for name, opcodes in bodies.items() if kernels in name}
+    assert len(found) == 8
+    for name, opcodes in found.items():
+        wanted = f"F2FP.F16.{format}.UNPACK_B" if "dequantize" in name else f"F2FP.SATFINITE.{format}.F32.PACK_AB"
+        assert any(o.startswith(wanted) for o in opcodes), name

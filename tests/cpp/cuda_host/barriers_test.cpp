@@ -30,6 +30,8 @@ void run_kernels() {
   for (int64_t experts : {3, 70, 1100}) route_map_case(rng, DType::i32, 600, 4, experts, 16);
   // One block takes two rounds only of very many choices.
   route_map_case(rng, DType::i32, 132000, 4, 8, 1);
+  quantize_squares_case(rng, DType::bf16, DType::e4m3, {}, 1, 128, 128);
+  quantize_rowcol_case(rng, DType::bf16, DType::e4m3, {}, {130}, 0, 256);
 }
 
 TEST(CudaBarriers, EveryOneIsReachedAndNeeded) {
@@ -37,7 +39,7 @@ TEST(CudaBarriers, EveryOneIsReachedAndNeeded) {
   run_kernels();
   const std::set<std::string> all = barriers_in_the_sources();
   EXPECT_EQ(cuda_host::barriers_seen(), all);
-  EXPECT_GE(all.size(), 8u);
+  EXPECT_GE(all.size(), 13u);
   for (const std::string& site : all) {
     bool failed = false;
     for (unsigned seed : {0u, 1u, 3u}) {

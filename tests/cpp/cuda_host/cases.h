@@ -2,6 +2,7 @@
 // throw Mismatch (or the machine throws Violation) so that the barriers' test can expect a failure.
 #pragma once
 #include "device.h"
+#include "xtuner/ops/quantize.h"
 
 namespace xt::test {
 
@@ -26,5 +27,11 @@ void require_same(const std::vector<T>& got, const std::vector<T>& wanted, const
 
 // One random routing on the machine and on the CPU, bit for bit.
 void route_map_case(Rng& rng, DType index, int64_t tokens, int64_t choices, int64_t num_experts, int64_t align);
+
+// quantize_128x128 and quantize_rowcol of random numbers, on the machine and on the CPU, bit for bit.
+void quantize_squares_case(Rng& rng, DType in, DType format, QuantizeParams params, int64_t num_experts, int64_t n,
+                           int64_t k);
+void quantize_rowcol_case(Rng& rng, DType in, DType format, QuantizeParams params, const std::vector<int64_t>& rows,
+                          int64_t tail, int64_t hidden);
 
 }  // namespace xt::test

@@ -17,6 +17,9 @@
 #define __restrict__ __restrict
 #define __shared__ static  // blocks run one after another; machine.cpp knows these variables by their addresses
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -41,6 +44,10 @@ inline constexpr XtCoordinate<cuda_host::grid_size> gridDim{};
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
 }
 
 // ---- host side ----
@@ -129,6 +136,13 @@ T __ldg(const T* p) {
 }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+// Byte i of the result is the byte of low, high (numbers 0 to 3, 4 to 7) that hexadecimal digit i of `digits` names.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned digits) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (digits >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 inline float __uint_as_float(unsigned v) { return cuda_host::from_bits<float>(v); }
 inline unsigned __float_as_uint(float v) { return static_cast<unsigned>(cuda_host::to_bits(v)); }
 // Documented: 0 for a finite a and |b| above 2^126.

@@ -41,7 +41,8 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
 
 // Both operands that training needs of one activation or gradient, from one read of it.
 //   x        f32 | bf16 [R, H]
-//   offsets  i64 [E+1]            rows >= offsets[E] are never read; their q and scales become zero
+//   offsets  i64 [E+1]            rows >= offsets[E] are never read; their q and scales become zero. Must ascend from 0;
+//                                 on a GPU, the experts from the first that does not count as empty
 //   q        e4m3 | e5m2 [R, H]   as quantize_1x128
 //   scale    f32 [H/128, ld]      as quantize_1x128
 //   qt       as q [H, P]          P = padded_rows(R, E). x transposed; expert e's columns start where those of e - 1,
