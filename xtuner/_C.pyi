@@ -210,62 +210,69 @@ def dequantize(q: Tensor, scale: Tensor, out: Tensor, num_threads: int) -> None:
 
 class SharedMemory:
     """One rank's share of a group's memory and its view of the others'. Making one is collective: every rank calls
-    all_gather twice. data_bytes holds the rows one rank receives or shows in one op."""
+    all_gather twice. data_bytes bounds what a rank shares at a time; it is taken from the machine only when used."""
 
     def __init__(
         self, rank: int, world: int, data_bytes: int, timeout_s: float, all_gather: Callable[[bytes], Sequence[bytes]]
     ) -> None: ...
     @property
-    def data_bytes(self) -> int: ...
+    def allocated(self) -> int:
+        """Bytes of live pieces, and of dead ones that other ranks may still be reading."""
 
-def ep_room(counts: Tensor, tokens: Tensor, row_bytes: int) -> int:
-    """data_bytes that the ops need for this route with rows of row_bytes; the same on every rank."""
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the other ranks reach this tensor where it is."""
+
+class SharedPiece:
+    """num_bytes of this rank's share as a writable buffer, given back when it is deleted."""
+
+    def __init__(self, memory: SharedMemory, num_bytes: int) -> None: ...
 
 def ep_prepare(
     topk_idx: Tensor,
+    capacity: int | None,
     memory: SharedMemory,
     counts: Tensor,
-    tokens: Tensor,
     dest: Tensor,
-    slot: Tensor,
     offsets: Tensor,
     num_threads: int,
 ) -> None:
-    """topk_idx i32|i64[T,K] -> counts i32[W,E], tokens i32[W,W], dest i32[T,K,2], slot i32[T,W], offsets i64[E/W+1]."""
-
-def ep_prepare_rows(
-    memory: SharedMemory, counts: Tensor, tokens: Tensor, offsets: Tensor, origin: Tensor, num_threads: int
-) -> None:
-    """Directly after ep_prepare: origin i32[R], R >= offsets[-1]."""
+    """topk_idx i32|i64[T,K] -> counts i32[W,E], dest i32[T,K,2], offsets i64[E/W+1]. Drops rows from capacity on."""
 
 def ep_dispatch(
     x: Tensor,
     scales: Tensor | None,
-    route: Sequence[Tensor],
+    counts: Tensor,
+    dest: Tensor,
     memory: SharedMemory,
     out: Tensor,
     out_scales: Tensor | None,
     num_threads: int,
 ) -> None:
-    """Rows of x[T,H] (and columns of scales f32[S,ld]) to out[R,H] of their experts' ranks; route is (counts, tokens,
-    dest, slot, origin)."""
+    """Rows of x[T,H] (and columns of scales f32[S,ld]) to out[R,H] of their experts' ranks, all of it owned memory."""
 
 def ep_combine(
-    y: Tensor, route: Sequence[Tensor], memory: SharedMemory, probs: Tensor | None, out: Tensor, num_threads: int
+    y: Tensor,
+    counts: Tensor,
+    dest: Tensor,
+    memory: SharedMemory,
+    probs: Tensor | None,
+    out: Tensor,
+    num_threads: int,
 ) -> None:
-    """out[t] = sum_k probs[t,k] * (row dest[t,k,1] of rank dest[t,k,0]) in fp32 and k order."""
+    """out[t] = sum_k probs[t,k] * (row dest[t,k,1] of rank dest[t,k,0]) in fp32 and k order; y[R,H] is owned memory."""
 
 def ep_combine_bwd(
     dout: Tensor,
     y: Tensor,
-    route: Sequence[Tensor],
+    counts: Tensor,
+    dest: Tensor,
     memory: SharedMemory,
     probs: Tensor,
     dy: Tensor,
     dprobs: Tensor,
     num_threads: int,
 ) -> None:
-    """Gradients of ep_combine into dy[R,H] and dprobs f32[T,K]."""
+    """Gradients of ep_combine into dy[R,H] and dprobs f32[T,K]; y and dy are owned memory."""
 
 def gemm_m_grouped_fp8(
     a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, offsets: Tensor, out: Tensor, num_threads: int

@@ -46,11 +46,8 @@ void gemm_k_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b,
                         const Tensor& offsets, bool accumulate, const Tensor& out, int num_threads);
 void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, int num_threads);
 
-void ep_prepare(const Tensor& topk_idx, const Peers& peers, const Tensor& counts, const Tensor& tokens,
-                const Tensor& dest, const Tensor& slot, const Tensor& offsets, int num_threads);
-void ep_prepare_rows(const Peers& peers, const Tensor& counts, const Tensor& tokens, const Tensor& offsets,
-                     const Tensor& origin);
-int64_t ep_room(const Tensor& counts, const Tensor& tokens, int64_t row_bytes);
+void ep_prepare(const Tensor& topk_idx, int64_t capacity, const Peers& peers, const Tensor& counts, const Tensor& dest,
+                const Tensor& offsets, int num_threads);
 void ep_dispatch(const Tensor& x, const Tensor* scales, const EpRoute& route, const Peers& peers, const Tensor& out,
                  const Tensor* out_scales, int num_threads);
 void ep_combine(const Tensor& y, const EpRoute& route, const Peers& peers, const Tensor* probs, const Tensor& out,

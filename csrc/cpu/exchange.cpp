@@ -59,27 +59,40 @@ const char* name_of(EpOp op) {
   }
 }
 
-Exchange::Exchange(EpOp op, const Peers& peers, Loads loads)
-    : op_(op), peers_(peers), loads_(loads), exceptions_(std::uncaught_exceptions()) {
+Exchange::Exchange(EpOp op, const Peers& peers, const Tensor* counts)
+    : op_(op), peers_(peers), counts_(counts), exceptions_(std::uncaught_exceptions()) {
   Signals& own = signals(peers, peers.rank);
   const uint32_t failed = own.failed.load(std::memory_order_relaxed);
   if (failed) fail(name_of(op), ": rank ", peers.rank, " gave this group up in exchange ", failed, "; make a new group");
-  if (++own.epoch == 0) own.epoch = 2;  // 0 means that nothing has been published; the areas still take turns
-  epoch_ = own.epoch;
+  epoch_ = own.epoch.load(std::memory_order_relaxed) + 1;
+  if (epoch_ == 0) epoch_ = 2;  // 0 means that nothing has been published; the areas still take turns
+  own.epoch.store(epoch_, std::memory_order_relaxed);
 }
 
 Exchange::~Exchange() {
-  if (std::uncaught_exceptions() > exceptions_) signals(peers_, peers_.rank).failed.store(epoch_);
+  if (std::uncaught_exceptions() > exceptions_) {
+    uint32_t none = 0;  // of two exchanges of one op, the later is destroyed, and so speaks, first
+    signals(peers_, peers_.rank).failed.compare_exchange_strong(none, epoch_);
+  }
+}
+
+void Exchange::meet() const {
+  publish();
+  int first = -1;
+  if (missing(&first) == 0 || spin()) return;
+  sleep();
 }
 
 void Exchange::publish() const {
   for (int i = 1; i < peers_.world; ++i) {
     const int r = (peers_.rank + i) % peers_.world;
-    Signals::Flag& flag = signals(peers_, r).from[peers_.rank];
+    Signals& theirs = signals(peers_, r);
+    Signals::Flag& flag = theirs.from[peers_.rank];
     flag.op[epoch_ & 1].store(op_, std::memory_order_relaxed);
-    // Sequentially consistent, like the sleeper's two accesses: either it sees the epoch or we see it sleeping.
-    flag.epoch.store(epoch_);
-    if (flag.sleeping.load()) wake(flag.epoch);
+    flag.epoch.store(epoch_, std::memory_order_release);
+    // Sequentially consistent, like the sleeper's accesses: either it sees this arrival or we see it sleeping.
+    const uint32_t arrivals = theirs.arrivals.fetch_add(1) + 1;
+    if (theirs.sleeping.load() && reached(arrivals, theirs.wake_at.load())) wake(theirs.arrivals);
   }
 }
 
@@ -94,43 +107,59 @@ bool Exchange::arrived(int rank) const {
   return true;
 }
 
-void Exchange::wait(int rank) const {
-  if (arrived(rank)) return;
-  static const bool crowded = static_cast<int>(std::thread::hardware_concurrency()) < peers_.world;
-  const auto start = Clock::now();
-  while (!crowded && Clock::now() - start < spin_time) {
-    for (int i = 0; i < 16; ++i) {
-      if (arrived(rank)) return;
-      relax();
-    }
+// How many ranks have not come yet, and the next of them.
+int Exchange::missing(int* first) const {
+  int count = 0;
+  for (int i = peers_.world - 1; i > 0; --i) {
+    const int r = (peers_.rank + i) % peers_.world;
+    if (arrived(r)) continue;
+    *first = r;
+    ++count;
   }
-  Signals::Flag& flag = signals(peers_, peers_.rank).from[rank];
-  const auto end = start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(peers_.timeout_s));
-  std::atomic<int32_t>& awaited = signals(peers_, peers_.rank).awaited;
-  awaited.store(rank + 1, std::memory_order_relaxed);
-  flag.sleeping.store(1);
-  uint32_t seen = flag.epoch.load();
-  while (!reached(seen, epoch_)) {
-    const uint32_t failed = signals(peers_, rank).failed.load(std::memory_order_relaxed);
-    if (failed && !reached(flag.epoch.load(), epoch_)) {
-      flag.sleeping.store(0);
-      fail(name_of(op_), ": rank ", peers_.rank, " waits for ", name(rank), ", which gave up in exchange ", failed, load_of(rank));
-    }
-    if (Clock::now() >= end) {
-      flag.sleeping.store(0);
-      fail(name_of(op_), ": rank ", peers_.rank, " waited ", peers_.timeout_s, " s for ", name(rank), ": expected exchange ",
-           epoch_, ", seen ", seen, load_of(rank));
-    }
-    sleep_on(flag.epoch, seen);
-    seen = flag.epoch.load();
-  }
-  flag.sleeping.store(0);
-  awaited.store(0, std::memory_order_relaxed);
-  arrived(rank);
+  return count;
 }
 
-void Exchange::wait_all() const {
-  for (int i = 1; i < peers_.world; ++i) wait((peers_.rank + i) % peers_.world);
+bool Exchange::spin() const {
+  static const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  if (cores < peers_.world) return false;  // the others need this core
+  const auto end = Clock::now() + spin_time;
+  int first;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (missing(&first) == 0) return true;
+      relax();
+    }
+  } while (Clock::now() < end);
+  return false;
+}
+
+void Exchange::sleep() const {
+  Signals& own = signals(peers_, peers_.rank);
+  const auto end = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(peers_.timeout_s));
+  const auto give_up = [&](const auto&... reason) {
+    own.sleeping.store(0);
+    fail(name_of(op_), ": rank ", peers_.rank, reason...);
+  };
+  for (;;) {
+    // A rank may be an exchange ahead and count for one that is not here yet: then we wake too early, and look again.
+    uint32_t seen = own.arrivals.load();
+    int rank = -1;
+    const int count = missing(&rank);
+    if (count == 0) break;
+    own.awaited.store(rank + 1, std::memory_order_relaxed);
+    own.wake_at.store(seen + static_cast<uint32_t>(count));
+    own.sleeping.store(1);
+    const uint32_t failed = signals(peers_, rank).failed.load(std::memory_order_relaxed);
+    if (failed && !arrived(rank)) give_up(" waits for ", name(rank), ", which gave up in exchange ", failed, load_of(rank));
+    if (Clock::now() >= end) {
+      give_up(" waited ", peers_.timeout_s, " s for ", name(rank), ": expected exchange ", epoch_, ", seen ",
+              own.from[rank].epoch.load(), load_of(rank));
+    }
+    seen = own.arrivals.load();
+    if (!reached(seen, own.wake_at.load())) sleep_on(own.arrivals, seen);
+  }
+  own.sleeping.store(0);
+  own.awaited.store(0, std::memory_order_relaxed);
 }
 
 // "rank 3", and whom it waits for in its turn: the last one named is the one to look at.
@@ -146,9 +175,9 @@ std::string Exchange::name(int rank) const {
 }
 
 std::string Exchange::load_of(int rank) const {
-  if (!loads_.counts) return "";
-  const int64_t experts = loads_.counts->shape[1], here = experts / peers_.world;
-  const int32_t* counts = loads_.counts->ptr<int32_t>();
+  if (!counts_) return "";
+  const int64_t experts = counts_->shape[1], here = experts / peers_.world;
+  const int32_t* counts = counts_->ptr<int32_t>();
   const auto row_text = [&](int from, int to) {
     int64_t rows = 0;
     int named = 0;
@@ -159,8 +188,7 @@ std::string Exchange::load_of(int rank) const {
       if (n == 0 || ++named > 8) continue;
       by_expert += (by_expert.empty() ? "" : ", ") + ("expert " + std::to_string(e) + ": " + std::to_string(n));
     }
-    const int32_t tokens = loads_.tokens->ptr<int32_t>()[from * peers_.world + to];
-    return std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows" +
+    return std::to_string(rows) + " rows" +
            (by_expert.empty() ? "" : " (" + by_expert + (named > 8 ? ", ..." : "") + ")");
   };
   return "; rank " + std::to_string(rank) + " has " + row_text(rank, peers_.rank) + " for this rank, this rank has " +

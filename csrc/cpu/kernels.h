@@ -110,13 +110,13 @@ struct PeerTable {
   const void* const* base;  // [W]: row 0 of each rank
 };
 
-// One row of the gradient of unpermute: out = p * x, and <x, b>.
+// One row of the gradient of unpermute: out = p * x, and <x, b>. Asks for next_b on the way.
 struct ScaleAndDot {
   DType dtype;
   bool stream;
   int64_t hidden;
   float p;
-  const void *x, *b;
+  const void *x, *b, *next_b;
   void* out;
 };
 

@@ -3,6 +3,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "cpu/exchange.h"
+#include "cpu/shared_heap.h"
 #include "xtuner/error.h"
 
 #ifdef __linux__
@@ -19,8 +21,7 @@ namespace xt {
 #ifdef __linux__
 namespace {
 
-// Room for 2^24 routing choices a rank; virtual until touched.
-constexpr int64_t index_bytes = int64_t{72} << 20;
+constexpr int64_t index_bytes = int64_t{1} << 20;  // loads of 2^18 experts; virtual until touched
 constexpr int64_t page = 4096;
 
 // What a rank tells the others about its memory. `nonce` is also its last 8 bytes: whoever opens another process's file
@@ -76,6 +77,7 @@ SharedMemory::SharedMemory(int rank, int world, int64_t data_bytes, double timeo
   peers_.timeout_s = timeout_s;
   peers_.index_bytes = index_bytes;
   peers_.data_bytes = (data_bytes + page - 1) / page * page;
+  heap_ = std::make_unique<cpu::SharedHeap>(peers_.data_bytes, world == 1);
 
   Hello hello = {getpid(), -1, peers_.data_bytes, total_bytes(peers_), 0};
   std::random_device random;
@@ -148,5 +150,21 @@ void SharedMemory::release() {}
 #endif
 
 SharedMemory::~SharedMemory() { release(); }
+
+void* SharedMemory::allocate(int64_t bytes) {
+  const int64_t begin = heap_->take(bytes, cpu::Exchange::signals(peers_, peers_.rank).epoch.load(std::memory_order_relaxed));
+  if (begin < 0) {
+    fail("SharedMemory: no ", bytes, " bytes free in a row among the ", peers_.data_bytes, " that rank ", peers_.rank,
+         " shares with its peers; ", heap_->in_use(), " are in use");
+  }
+  return peers_.data(peers_.rank) + begin;
+}
+
+void SharedMemory::free(void* at) {
+  const uint32_t exchange = cpu::Exchange::signals(peers_, peers_.rank).epoch.load(std::memory_order_relaxed);
+  heap_->give_back(static_cast<char*>(at) - peers_.data(peers_.rank), exchange);
+}
+
+int64_t SharedMemory::allocated() const { return heap_->in_use(); }
 
 }  // namespace xt

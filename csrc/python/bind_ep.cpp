@@ -11,95 +11,90 @@
 namespace xt::python {
 namespace {
 
-// The five tensors of a route, in the order of the struct.
-class RouteArg {
+// A piece of shared memory as a Python buffer; torch.frombuffer keeps it alive for as long as its tensor lives.
+class Piece {
  public:
-  RouteArg(const char* op, const py::sequence& route) {
-    const char* names[] = {"counts", "tokens", "dest", "slot", "origin"};
-    if (route.size() != 5) fail(op, ": route must be (counts, tokens, dest, slot, origin), got ", route.size(), " values");
-    for (size_t i = 0; i < 5; ++i) args_.emplace_back(op, names[i], py::object(route[i]));
-  }
-  EpRoute operator*() const { return {*args_[0], *args_[1], *args_[2], *args_[3], *args_[4]}; }
+  Piece(std::shared_ptr<SharedMemory> memory, int64_t bytes)
+      : memory_(std::move(memory)), at_(memory_->allocate(bytes)), bytes_(bytes) {}
+  ~Piece() { memory_->free(at_); }
+  Piece(const Piece&) = delete;
+  Piece& operator=(const Piece&) = delete;
+
+  py::buffer_info buffer() const { return py::buffer_info(static_cast<uint8_t*>(at_), bytes_); }
 
  private:
-  std::vector<Arg> args_;
+  std::shared_ptr<SharedMemory> memory_;
+  void* at_;
+  int64_t bytes_;
 };
 
-std::unique_ptr<SharedMemory> make_memory(int rank, int world, int64_t data_bytes, double timeout_s,
+std::shared_ptr<SharedMemory> make_memory(int rank, int world, int64_t data_bytes, double timeout_s,
                                           const py::function& all_gather) {
-  return std::make_unique<SharedMemory>(rank, world, data_bytes, timeout_s, [&](const std::string& mine) {
+  return std::make_shared<SharedMemory>(rank, world, data_bytes, timeout_s, [&](const std::string& mine) {
     return all_gather(py::bytes(mine)).cast<std::vector<std::string>>();
   });
 }
 
-void ep_prepare(py::handle topk_idx, const SharedMemory& memory, py::handle counts, py::handle tokens, py::handle dest,
-                py::handle slot, py::handle offsets, int num_threads) {
+bool owns(const SharedMemory& memory, py::handle tensor) {
+  const Arg t("owns", "tensor", tensor);
+  const int64_t bytes = (*t).numel() * size_of((*t).dtype);
+  return bytes == 0 || memory.peers().owns((*t).data, bytes);
+}
+
+void ep_prepare(py::handle topk_idx, std::optional<int64_t> capacity, const SharedMemory& memory, py::handle counts,
+                py::handle dest, py::handle offsets, int num_threads) {
   const char* op = "ep_prepare";
-  Arg i(op, "topk_idx", topk_idx), c(op, "counts", counts), n(op, "tokens", tokens), d(op, "dest", dest),
-      s(op, "slot", slot), o(op, "offsets", offsets);
+  if (capacity && *capacity < 0) fail(op, ": capacity must not be negative, got ", *capacity);
+  Arg i(op, "topk_idx", topk_idx), c(op, "counts", counts), d(op, "dest", dest), o(op, "offsets", offsets);
   py::gil_scoped_release nogil;
-  xt::ep_prepare(*i, memory.peers(), *c, *n, *d, *s, *o, stream_of(i, num_threads));
+  xt::ep_prepare(*i, capacity.value_or(-1), memory.peers(), *c, *d, *o, stream_of(i, num_threads));
 }
 
-void ep_prepare_rows(const SharedMemory& memory, py::handle counts, py::handle tokens, py::handle offsets,
-                     py::handle origin, int num_threads) {
-  const char* op = "ep_prepare_rows";
-  Arg c(op, "counts", counts), n(op, "tokens", tokens), o(op, "offsets", offsets), r(op, "origin", origin);
-  py::gil_scoped_release nogil;
-  xt::ep_prepare_rows(memory.peers(), *c, *n, *o, *r, stream_of(c, num_threads));
-}
-
-int64_t ep_room(py::handle counts, py::handle tokens, int64_t row_bytes) {
-  Arg c("ep_room", "counts", counts), n("ep_room", "tokens", tokens);
-  return xt::ep_room(*c, *n, row_bytes);
-}
-
-void ep_dispatch(py::handle x, py::handle scales, const py::sequence& route, const SharedMemory& memory, py::handle out,
-                 py::handle out_scales, int num_threads) {
+void ep_dispatch(py::handle x, py::handle scales, py::handle counts, py::handle dest, const SharedMemory& memory,
+                 py::handle out, py::handle out_scales, int num_threads) {
   const char* op = "ep_dispatch";
-  Arg a(op, "x", x), o(op, "out", out);
+  Arg a(op, "x", x), c(op, "counts", counts), d(op, "dest", dest), o(op, "out", out);
   OptionalArg s(op, "scales", scales), os(op, "out_scales", out_scales);
-  RouteArg r(op, route);
   py::gil_scoped_release nogil;
-  xt::ep_dispatch(*a, s.get(), *r, memory.peers(), *o, os.get(), stream_of(a, num_threads));
+  xt::ep_dispatch(*a, s.get(), {*c, *d}, memory.peers(), *o, os.get(), stream_of(a, num_threads));
 }
 
-void ep_combine(py::handle y, const py::sequence& route, const SharedMemory& memory, py::handle probs, py::handle out,
-                int num_threads) {
+void ep_combine(py::handle y, py::handle counts, py::handle dest, const SharedMemory& memory, py::handle probs,
+                py::handle out, int num_threads) {
   const char* op = "ep_combine";
-  Arg a(op, "y", y), o(op, "out", out);
+  Arg a(op, "y", y), c(op, "counts", counts), d(op, "dest", dest), o(op, "out", out);
   OptionalArg p(op, "probs", probs);
-  RouteArg r(op, route);
   py::gil_scoped_release nogil;
-  xt::ep_combine(*a, *r, memory.peers(), p.get(), *o, stream_of(a, num_threads));
+  xt::ep_combine(*a, {*c, *d}, memory.peers(), p.get(), *o, stream_of(a, num_threads));
 }
 
-void ep_combine_bwd(py::handle dout, py::handle y, const py::sequence& route, const SharedMemory& memory,
+void ep_combine_bwd(py::handle dout, py::handle y, py::handle counts, py::handle dest, const SharedMemory& memory,
                     py::handle probs, py::handle dy, py::handle dprobs, int num_threads) {
   const char* op = "ep_combine_bwd";
-  Arg g(op, "dout", dout), a(op, "y", y), p(op, "probs", probs), d(op, "dy", dy), dp(op, "dprobs", dprobs);
-  RouteArg r(op, route);
+  Arg g(op, "dout", dout), a(op, "y", y), c(op, "counts", counts), d(op, "dest", dest), p(op, "probs", probs),
+      dr(op, "dy", dy), dp(op, "dprobs", dprobs);
   py::gil_scoped_release nogil;
-  xt::ep_combine_bwd(*g, *a, *r, memory.peers(), *p, *d, *dp, stream_of(g, num_threads));
+  xt::ep_combine_bwd(*g, *a, {*c, *d}, memory.peers(), *p, *dr, *dp, stream_of(g, num_threads));
 }
 
 }  // namespace
 
 void bind_ep(py::module_& m) {
   using namespace py::literals;
-  py::class_<SharedMemory>(m, "SharedMemory")
+  py::class_<SharedMemory, std::shared_ptr<SharedMemory>>(m, "SharedMemory")
       .def(py::init(&make_memory), "rank"_a, "world"_a, "data_bytes"_a, "timeout_s"_a, "all_gather"_a)
-      .def_property_readonly("data_bytes", [](const SharedMemory& memory) { return memory.peers().data_bytes; });
-  m.def("ep_prepare", &ep_prepare, "topk_idx"_a, "memory"_a, "counts"_a, "tokens"_a, "dest"_a, "slot"_a, "offsets"_a,
+      .def_property_readonly("allocated", &SharedMemory::allocated)
+      .def("owns", &owns, "tensor"_a);
+  py::class_<Piece>(m, "SharedPiece", py::buffer_protocol())
+      .def(py::init<std::shared_ptr<SharedMemory>, int64_t>(), "memory"_a, "num_bytes"_a)
+      .def_buffer(&Piece::buffer);
+  m.def("ep_prepare", &ep_prepare, "topk_idx"_a, "capacity"_a, "memory"_a, "counts"_a, "dest"_a, "offsets"_a,
         "num_threads"_a);
-  m.def("ep_prepare_rows", &ep_prepare_rows, "memory"_a, "counts"_a, "tokens"_a, "offsets"_a, "origin"_a,
+  m.def("ep_dispatch", &ep_dispatch, "x"_a, "scales"_a, "counts"_a, "dest"_a, "memory"_a, "out"_a, "out_scales"_a,
         "num_threads"_a);
-  m.def("ep_room", &ep_room, "counts"_a, "tokens"_a, "row_bytes"_a);
-  m.def("ep_dispatch", &ep_dispatch, "x"_a, "scales"_a, "route"_a, "memory"_a, "out"_a, "out_scales"_a,
-        "num_threads"_a);
-  m.def("ep_combine", &ep_combine, "y"_a, "route"_a, "memory"_a, "probs"_a, "out"_a, "num_threads"_a);
-  m.def("ep_combine_bwd", &ep_combine_bwd, "dout"_a, "y"_a, "route"_a, "memory"_a, "probs"_a, "dy"_a, "dprobs"_a,
-        "num_threads"_a);
+  m.def("ep_combine", &ep_combine, "y"_a, "counts"_a, "dest"_a, "memory"_a, "probs"_a, "out"_a, "num_threads"_a);
+  m.def("ep_combine_bwd", &ep_combine_bwd, "dout"_a, "y"_a, "counts"_a, "dest"_a, "memory"_a, "probs"_a, "dy"_a,
+        "dprobs"_a, "num_threads"_a);
 }
 
 }  // namespace xt::python

@@ -83,29 +83,47 @@ inline StepResult local_step(const RankLoad& load) {
   return result;
 }
 
+// Hands out this rank's data area from its begin on. What an earlier one handed out is free again after two exchanges.
+class DataArea {
+ public:
+  explicit DataArea(const Peers& peers) : at_(peers.data(peers.rank)), end_(at_ + peers.data_bytes) {}
+
+  // Rows like those of `like`, filled with NaN, and where the ops find them.
+  Tensor rows(const Array& like) {
+    Tensor t = like.view();
+    const int64_t bytes = like.count() * size_of(t.dtype);
+    t.data = at_;
+    std::memset(at_, 0xff, static_cast<size_t>(bytes));
+    at_ += (bytes + 63) / 64 * 64;
+    if (at_ > end_) fail("the data area of this test is too small");
+    return t;
+  }
+
+ private:
+  char *at_, *end_;
+};
+
+inline void copy(const Tensor& from, const Tensor& to) {
+  const int64_t bytes = from.numel() * size_of(from.dtype);
+  if (bytes) std::memcpy(to.data, from.data, static_cast<size_t>(bytes));
+}
+
 // The maps of one rank, owned.
 struct OwnedRoute {
   int64_t tokens, k, world, experts, rows = 0;
-  std::vector<int32_t> counts, travellers, dest, slot, origin;
+  std::vector<int32_t> counts, dest;
   std::vector<int64_t> offsets;
 
-  OwnedRoute(const RankLoad& load, const Peers& peers, int64_t spare_rows = 0, int threads = 1)
+  OwnedRoute(const RankLoad& load, const Peers& peers, int64_t spare_rows = 0, int threads = 1, int64_t capacity = -1)
       : tokens(load.tokens()), k(load.k), world(peers.world), experts(load.experts), counts(world * experts, -7),
-        travellers(world * world, -7), dest(tokens * k * 2, -7), slot(tokens * world, -7),
-        offsets(experts / world + 1, -7) {
+        dest(tokens * k * 2, -7), offsets(experts / world + 1, -7) {
     const EpRoute r = route();
-    ep_prepare(view(load.topk_idx, {tokens, k}), peers, r.counts, r.tokens, r.dest, r.slot, offsets_view(),
+    ep_prepare(view(load.topk_idx, {tokens, k}), capacity, peers, r.counts, r.dest, view(offsets, {experts / world + 1}),
                {nullptr, threads});
     rows = offsets.back() + spare_rows;
-    origin.assign(rows, -7);
-    ep_prepare_rows(peers, r.counts, r.tokens, offsets_view(), view(origin, {rows}), {});
   }
 
-  Tensor offsets_view() const { return view(offsets, {experts / world + 1}); }
-  EpRoute route() const {
-    return {view(counts, {world, experts}), view(travellers, {world, world}), view(dest, {tokens, k, 2}),
-            view(slot, {tokens, world}), view(origin, {rows})};
-  }
+  EpRoute route() const { return {view(counts, {world, experts}), view(dest, {tokens, k, 2})}; }
 };
 
 inline StepResult ep_step(const RankLoad& load, const Peers& peers, int threads = 1, int64_t spare_rows = 0) {
@@ -115,15 +133,22 @@ inline StepResult ep_step(const RankLoad& load, const Peers& peers, int threads 
   const OwnedRoute maps(load, peers, spare_rows, threads);
   const EpRoute route = maps.route();
   const Tensor probs = view(load.probs, {t, k});
-  Array y(dtype, {maps.rows, h}), out(dtype, {t, h}), dy(dtype, {maps.rows, h}), dx(dtype, {t, h});
-  ep_dispatch(load.x.view(), nullptr, route, peers, y.view(), nullptr, stream);
-  multiply_rows(y, maps.offsets, first_expert);
-  ep_combine(y.view(), route, peers, &probs, out.view(), stream);
+  Array rows(dtype, {maps.rows, h}), out(dtype, {t, h}), dx(dtype, {t, h});
+  DataArea area(peers);
+  const Tensor y = area.rows(rows), dy = area.rows(rows);
+  const auto experts = [&](const Tensor& at) {
+    copy(at, rows.view());
+    multiply_rows(rows, maps.offsets, first_expert);
+    copy(rows.view(), at);
+  };
+  ep_dispatch(load.x.view(), nullptr, route, peers, y, nullptr, stream);
+  experts(y);
+  ep_combine(y, route, peers, &probs, out.view(), stream);
   StepResult result;
   result.dprobs.resize(t * k);
-  ep_combine_bwd(load.dout.view(), y.view(), route, peers, probs, dy.view(), view(result.dprobs, {t, k}), stream);
-  multiply_rows(dy, maps.offsets, first_expert);
-  ep_combine(dy.view(), route, peers, nullptr, dx.view(), stream);
+  ep_combine_bwd(load.dout.view(), y, route, peers, probs, dy, view(result.dprobs, {t, k}), stream);
+  experts(dy);
+  ep_combine(dy, route, peers, nullptr, dx.view(), stream);
   result.out = out.bytes();
   result.dx = dx.bytes();
   return result;

@@ -117,7 +117,7 @@ class EpProcesses : public testing::TestWithParam<int> {};
 TEST_P(EpProcesses, SameBitsInEveryStep) {
   const int world = GetParam();
   Processes ranks(world, [&](int rank, Board& board) {
-    const SharedMemory memory(rank, world, 1 << 20, 60, board.all_gather(rank, world));
+    const SharedMemory memory(rank, world, 16 << 20, 60, board.all_gather(rank, world));
     run_steps(rank, world, 60, memory.peers(), board);
   });
   ranks.expect_all_fine();
@@ -127,7 +127,7 @@ INSTANTIATE_TEST_SUITE_P(Worlds, EpProcesses, testing::Values(1, 2, 4, 8));
 
 TEST(EpProcess, AThousandSkewedStepsWithoutAStall) {
   Processes ranks(4, [&](int rank, Board& board) {
-    const SharedMemory memory(rank, 4, 1 << 20, 60, board.all_gather(rank, 4));
+    const SharedMemory memory(rank, 4, 16 << 20, 60, board.all_gather(rank, 4));
     run_steps(rank, 4, 1000, memory.peers(), board);
   });
   ranks.expect_all_fine();
@@ -137,7 +137,7 @@ TEST(EpProcess, AKilledRankIsAnErrorForTheOthersAndLeavesNothing) {
   const auto before = shared_memory_names();
   constexpr double bound = 2;
   Processes ranks(4, [&](int rank, Board& board) {
-    const SharedMemory memory(rank, 4, 1 << 20, bound, board.all_gather(rank, 4));
+    const SharedMemory memory(rank, 4, 16 << 20, bound, board.all_gather(rank, 4));
     run_steps(rank, 4, 1 << 30, memory.peers(), board);
   });
   while (ranks.board.steps[2] < 5) std::this_thread::yield();

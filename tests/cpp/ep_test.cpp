@@ -1,6 +1,7 @@
 // The expert-parallel ops with threads as ranks, on plain memory: what ThreadSanitizer can see through.
 #include <thread>
 
+#include "cpu/shared_heap.h"
 #include "ep_cases.h"
 
 namespace xt::test {
@@ -108,11 +109,15 @@ void check_rows(Rng& rng, int world) {
     const OwnedRoute maps(load, p, spare);
     const int64_t ld = load.tokens() + 2, out_ld = maps.rows + 1;
     Array out(DType::f32, {maps.rows, 8}), scales(DType::f32, {2, ld}), out_scales(DType::f32, {2, out_ld});
+    DataArea area(p);
+    const Tensor out_t = area.rows(out), out_scales_t = area.rows(out_scales);
     for (int64_t t = 0; t < load.tokens(); ++t) {
       for (int64_t s = 0; s < 2; ++s) scales.set(s * ld + t, load.dout[t * 8 + s]);
     }
-    const Tensor scales_t = scales.view(), out_scales_t = out_scales.view();
-    ep_dispatch(load.x.view(), &scales_t, maps.route(), p, out.view(), &out_scales_t, {});
+    const Tensor scales_t = scales.view();
+    ep_dispatch(load.x.view(), &scales_t, maps.route(), p, out_t, &out_scales_t, {});
+    copy(out_t, out.view());
+    copy(out_scales_t, out_scales.view());
     for (int64_t i = 0; i < out.count(); ++i) got[r].push_back(out[i]);
     for (int64_t i = 0; i < 2 * out_ld; ++i) got_scales[r].push_back(out_scales[i % 2 * out_ld + i / 2]);
   }));
@@ -131,22 +136,24 @@ TEST(Ep, RowsComeInTheOrderOfOneRankWithAllTokens) {
   }
 }
 
-TEST(Ep, ATokenTravelsOnceToEachRank) {
+TEST(Ep, PrepareTellsRankAndRow) {
   const ThreadRanks ranks(2, 1 << 20);
   // Token 0: three experts of rank 1. Token 1: home and away. Token 2: at home only. Token 3: dropped.
   const std::vector<int32_t> idx = {2, 3, 2, 0, 3, 1, 0, 1, 0, -1, -1, -1};
   const RankLoad busy = {4, 3, idx, std::vector<float>(12, 1.0f), Array(DType::f32, {4, 4}), Array(DType::f32, {4, 4})};
   const RankLoad idle = {4, 3, {}, {}, Array(DType::f32, {0, 4}), Array(DType::f32, {0, 4})};
   expect_no_errors(ranks.run([&](int r, const Peers& p) {
-    const OwnedRoute maps(r == 0 ? busy : idle, p);
-    EXPECT_EQ(maps.travellers, (std::vector<int32_t>{0, 2, 0, 0}));
+    const OwnedRoute maps(r == 0 ? busy : idle, p), bounded(r == 0 ? busy : idle, p, 0, 1, 4);
     EXPECT_EQ(maps.counts, (std::vector<int32_t>{3, 2, 2, 2, 0, 0, 0, 0}));
-    if (r == 0) {
-      EXPECT_EQ(maps.slot, (std::vector<int32_t>{-1, 0, -1, 1, -1, -1, -1, -1}));
-      EXPECT_EQ(maps.origin, (std::vector<int32_t>{-2, -3, -3, -2, -3}));
-    } else {
-      EXPECT_EQ(maps.origin, (std::vector<int32_t>{0, 0, 0, 1}));
-    }
+    EXPECT_EQ(maps.offsets, (r == 0 ? std::vector<int64_t>{0, 3, 5} : std::vector<int64_t>{0, 2, 4}));
+    // With room for 4 rows, the last of rank 0 finds none; it is counted all the same.
+    EXPECT_EQ(bounded.counts, maps.counts);
+    EXPECT_EQ(bounded.offsets, (r == 0 ? std::vector<int64_t>{0, 3, 4} : maps.offsets));
+    if (r != 0) return;
+    std::vector<int32_t> dest = {1, 0, 1, 2, 1, 1, 0, 0, 1, 3, 0, 3, 0, 1, 0, 4, 0, 2, -1, -1, -1, -1, -1, -1};
+    EXPECT_EQ(maps.dest, dest);
+    dest[14] = dest[15] = -1;
+    EXPECT_EQ(bounded.dest, dest);
   }));
 }
 
@@ -156,13 +163,13 @@ TEST(Ep, AMissingRankIsNamedWithinTheBound) {
   const ThreadRanks ranks(2, 1 << 20, 0.3);
   const auto errors = ranks.run([&](int r, const Peers& p) {
     const OwnedRoute maps(load, p);
-    Array out(DType::f32, {maps.rows, 4});
-    if (r == 0) ep_dispatch(load.x.view(), nullptr, maps.route(), p, out.view(), nullptr, {});
+    const Tensor out = DataArea(p).rows(Array(DType::f32, {maps.rows, 4}));
+    if (r == 0) ep_dispatch(load.x.view(), nullptr, maps.route(), p, out, nullptr, {});
   });
   EXPECT_EQ(errors[1], "");
   EXPECT_EQ(errors[0],
-            "ep_dispatch: rank 0 waited 0.3 s for rank 1: expected exchange 2, seen 1; rank 1 has 1 tokens in 1 rows "
-            "(expert 0: 1) for this rank, this rank has 2 tokens in 2 rows (expert 3: 2) for it");
+            "ep_dispatch: rank 0 waited 0.3 s for rank 1: expected exchange 2, seen 1; rank 1 has 1 rows "
+            "(expert 0: 1) for this rank, this rank has 2 rows (expert 3: 2) for it");
   // The group is broken for good, on both sides.
   const auto later = ranks.run([&](int, const Peers& p) { const OwnedRoute maps(load, p); });
   EXPECT_EQ(later[0], "ep_prepare: rank 0 gave this group up in exchange 2; make a new group");
@@ -179,51 +186,64 @@ TEST(Ep, ABadIndexFailsEveryRank) {
   EXPECT_NE(errors[1].find("topk_idx[1, 0] (token 1) must be in [-1, E=4), got 4"), std::string::npos) << errors[1];
 }
 
-TEST(Ep, OverflowIsAnErrorOnEveryRankAndBreaksNothing) {
-  RankLoad load = {2, 1, std::vector<int32_t>(300, 1), std::vector<float>(300, 1.0f), Array(DType::f32, {300, 4}), Array(DType::f32, {300, 4})};
-  const ThreadRanks ranks(2, 4096);
-  const auto errors = ranks.run([&](int, const Peers& p) {
-    const OwnedRoute maps(load, p);
-    Array out(DType::f32, {maps.rows, 4});
-    ep_dispatch(load.x.view(), nullptr, maps.route(), p, out.view(), nullptr, {});
-  });
-  for (const std::string& e : errors) {
-    EXPECT_EQ(e, "ep_dispatch: rank 1 needs room for 300 tokens of 16 bytes, 4800 in all, but the data areas of this "
-                 "group have 4096");
-  }
-  load.topk_idx.assign(300, 0);
-  load.topk_idx[7] = 1;
-  const auto rows = ranks.run([&](int, const Peers& p) {
-    const OwnedRoute maps(load, p);
-    const std::vector<int32_t> small(maps.offsets.back() - 1);
-    const EpRoute r = maps.route();
-    ep_prepare_rows(p, r.counts, r.tokens, maps.offsets_view(), view(small, {maps.offsets.back() - 1}), {});
-  });
-  EXPECT_EQ(rows[0], "ep_prepare_rows: origin has R=597 rows, but rank 0 gets 598");
+TEST(Ep, WhatFindsNoRoomIsDroppedOnEveryRank) {
+  RankLoad load = {2, 1, std::vector<int32_t>(30, 1), std::vector<float>(30, 1.0f), Array(DType::f32, {30, 4}), Array(DType::f32, {30, 4})};
+  load.x.fill(1.0);
+  const ThreadRanks ranks(2, 1 << 20);
+  expect_no_errors(ranks.run([&](int r, const Peers& p) {
+    const OwnedRoute maps(load, p, 0, 1, 40);
+    EXPECT_EQ(maps.offsets.back(), r == 0 ? 0 : 40);
+    const Array rows(DType::f32, {40, 4}), out(DType::f32, {30, 4});
+    const Tensor y = DataArea(p).rows(rows);
+    ep_dispatch(load.x.view(), nullptr, maps.route(), p, y, nullptr, {});
+    ep_combine(y, maps.route(), p, nullptr, out.view(), {});
+    for (int64_t i = 0; i < out.count(); ++i) ASSERT_EQ(out[i], r == 0 || i / 4 < 10 ? 1.0 : 0.0) << i / 4;
+  }));
 }
 
 TEST(Ep, NamesBadArguments) {
-  Rng rng(5);
   const ThreadRanks ranks(1, 1 << 20);
   const Peers p = ranks.peers(0);
   const RankLoad load = {3, 2, {0, 1, 2, 2}, {1, 1, 1, 1}, Array(DType::f32, {2, 4}), Array(DType::f32, {2, 4})};
   OwnedRoute maps(load, p);
-  Array out(DType::f32, {4, 4}), narrow_out(DType::f32, {4, 3});
-  const auto dispatch = [&](const Array& to) { ep_dispatch(load.x.view(), nullptr, maps.route(), p, to.view(), nullptr, {}); };
+  DataArea area(p);
+  const Array elsewhere(DType::f32, {4, 4});
+  const Tensor out = area.rows(elsewhere), narrow_out = area.rows(Array(DType::f32, {4, 3}));
+  const auto dispatch = [&](const Tensor& to) { ep_dispatch(load.x.view(), nullptr, maps.route(), p, to, nullptr, {}); };
   expect_error([&] { dispatch(narrow_out); }, "ep_dispatch: out must be float32 [R, H=4], got float32 [4, 3] on cpu");
+  expect_error([&] { dispatch(elsewhere.view()); }, "ep_dispatch: out must lie in the memory that rank 0 shares with its peers");
+  dispatch(out);
   maps.dest[3] = 4;
   expect_error([&] { dispatch(out); }, "ep_dispatch: dest[0, 1] must be a rank and a row of it, or (-1, -1), got (0, 4)");
-  maps.dest[3] = 1;
-  maps.origin[2] = -4;
-  expect_error([&] { dispatch(out); }, "ep_dispatch: origin[2] must be one of 0 places or 2 tokens, and none from row 4 on, got -4");
-  maps.origin[2] = -2;
-  maps.slot[1] = 0;
-  expect_error([&] { dispatch(out); }, "ep_dispatch: slot[1, 0] must be in [-1, 0), got 0");
-  maps.slot[1] = -1;
-  dispatch(out);
   Peers two = p;
   two.world = 2;
   expect_error([&] { const OwnedRoute m(load, two); }, "ep_prepare: the number of experts must be a positive multiple of the 2 ranks, got 3");
+}
+
+// A piece that others may still be reading is not handed out again.
+TEST(SharedHeap, PiecesRestUntilNobodyReadsThem) {
+  constexpr int64_t page = cpu::SharedHeap::align;
+  cpu::SharedHeap heap(8 * page, false);
+  EXPECT_EQ(heap.take(3 * page - 5, 1), 0);
+  EXPECT_EQ(heap.take(1, 1), 3 * page);
+  EXPECT_EQ(heap.take(0, 1), 4 * page);
+  EXPECT_EQ(heap.take(4 * page, 1), -1);
+  heap.give_back(0, 1);
+  EXPECT_EQ(heap.take(2 * page, 2), 5 * page) << "exchange 1 may not be over for others";
+  EXPECT_EQ(heap.take(2 * page, 2), -1);
+  EXPECT_EQ(heap.take(2 * page, 3), 0);
+  EXPECT_EQ(heap.in_use(), 6 * page);
+  heap.give_back(3 * page, 3);
+  heap.give_back(4 * page, 3);
+  heap.give_back(0, 4);
+  EXPECT_EQ(heap.take(3 * page, 5), 2 * page) << "the smallest that fits, joined of free neighbours";
+  heap.give_back(5 * page, 5);
+  heap.give_back(2 * page, 5);
+  EXPECT_EQ(heap.take(8 * page, 7), 0);
+  cpu::SharedHeap alone(page, true);
+  EXPECT_EQ(alone.take(page, 1), 0);
+  alone.give_back(0, 1);
+  EXPECT_EQ(alone.take(page, 1), 0);
 }
 
 }  // namespace

@@ -56,11 +56,42 @@ def test_quantizing_before_the_dispatch_gives_what_quantizing_after_gives(dtype)
 def test_capacity():
     idx = torch.tensor([[0, 1], [1, 2], [-1, 2]])
     route = ops.ep_prepare(idx, 3, ALONE, capacity=8)
-    assert route.origin.tolist() == [-1, -1, -2, -2, -3, *[torch.iinfo(torch.int32).min] * 3]
+    assert route.dest[..., 1].tolist() == [[0, 1], [2, 3], [-1, 4]] and route.offsets.tolist() == [0, 1, 3, 5]
     rows = ops.ep_dispatch(torch.ones(3, 4), route, ALONE)
     assert rows.sum(1).tolist() == [4, 4, 4, 4, 4, 0, 0, 0]
-    with pytest.raises(OpError, match="origin has R=4 rows, but rank 0 gets 5"):
-        ops.ep_prepare(idx, 3, ALONE, capacity=4)
+    short = ops.ep_prepare(idx, 3, ALONE, capacity=4)
+    assert torch.equal(short.counts, route.counts) and short.offsets.tolist() == [0, 1, 3, 4]
+    out = ops.ep_combine(ops.ep_dispatch(torch.ones(3, 4), short, ALONE), short, ALONE)
+    assert out[:, 0].tolist() == [2, 2, 0]
+
+
+def test_shared_tensors_are_read_in_place_and_their_memory_is_used_again():
+    group = ops.EpGroup(0, 1, lambda mine: [mine])
+    x = group.empty((5, 3), torch.bfloat16)
+    assert group.share(x) is x and group.memory.allocated == 4096
+    elsewhere = torch.randn(5, 3)
+    copy = group.share(elsewhere)
+    assert torch.equal(copy, elsewhere) and group.memory.owns(copy) and not group.memory.owns(elsewhere)
+    assert group.empty((0, 3), torch.float32).shape == (0, 3)
+    address, view = x.data_ptr(), x[1:]
+    del x
+    assert group.empty((5, 3), torch.bfloat16).data_ptr() != address, "a view still needs it"
+    del view
+    assert group.empty((5, 3), torch.bfloat16).data_ptr() == address
+
+
+def test_expert_products_write_into_the_memory_of_the_group():
+    route = ops.ep_prepare(routing(37, 2, 5), 5, ALONE)
+    x, w13, w2 = (randn(*shape, seed=s) for s, shape in enumerate([(37, 8), (5, 12, 8), (5, 8, 6)]))
+    rows = ops.ep_dispatch(x, route, ALONE).requires_grad_()
+    results = []
+    for group in (None, ALONE):
+        h = ops.gemm_m_grouped_swiglu(rows, w13, route.offsets, group=group)
+        y = ops.gemm_m_grouped(h, w2, route.offsets, group=group)
+        (grad,) = torch.autograd.grad(y.square().sum(), rows)
+        assert [ALONE.memory.owns(t) for t in (y, grad)] == [group is ALONE] * 2
+        results.append((y, grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_bad_input_names_the_argument():
@@ -71,10 +102,10 @@ def test_bad_input_names_the_argument():
     with pytest.raises(OpError, match="ep_dispatch: dest must be .*T=11"):
         ops.ep_dispatch(randn(11, 8), route, group)
     with pytest.raises(OpError, match="ep_combine: probs must be .*T=12, K=2"):
-        ops.ep_combine(randn(route.origin.shape[0], 8), route, group, torch.rand(12, 3))
+        ops.ep_combine(randn(int(route.offsets[-1]), 8), route, group, torch.rand(12, 3))
     with pytest.raises(OpError, match=r"topk_idx\[0, 0\] \(token 0\) must be in \[-1, E=3\), got 3"):
         ops.ep_prepare(torch.tensor([[3]]), 3, group)
-    with pytest.raises(OpError, match="gave this group up in exchange 1; make a new group"):
+    with pytest.raises(OpError, match="gave this group up in exchange 2; make a new group"):
         ops.ep_prepare(torch.tensor([[0]]), 3, group)
     with pytest.raises(OpError, match="world must be in"):
         ops.EpGroup(0, 65, lambda mine: [mine])
@@ -82,4 +113,4 @@ def test_bad_input_names_the_argument():
     del group
     gc.collect()
     with pytest.raises(OpError, match=f"group {last} no longer exists"):
-        torch.ops.xtuner.ep_dispatch(randn(12, 8), *route.maps, last)
+        torch.ops.xtuner.ep_dispatch(randn(12, 8), *route, last)

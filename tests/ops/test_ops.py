@@ -167,16 +167,16 @@ def samples():
         out, lse = torch.ops.xtuner.attention(*qkv, cu, cu, 7, 7, 0.3, True)
     bounds = (cu, cu, 7, 7, 0.3, True)
     idx = routing(12, 2, 3)
-    ep_maps = ops.ep_prepare(idx, 3, ALONE).maps
-    ep_rows = ep_maps[-1].shape[0]
+    route = ops.ep_prepare(idx, 3, ALONE)
+    ep_maps, ep_rows = (route.counts, route.dest), int(route.offsets[-1])
     return {
         "route_map": (routing(12, 2, 3), 3, 27, 1),
         "permute": (grad(12, 8), row_of, src),
         "unpermute": (grad(rows, 8), row_of, src, probs.clone().requires_grad_()),
         "ep_prepare": (idx, 3, ALONE.id, None),
-        "ep_dispatch": (grad(12, 8), *ep_maps, ALONE.id),
-        "ep_dispatch_quantized": (*ops.quantize_1x128(randn(12, 128)), *ep_maps, ALONE.id),
-        "ep_combine": (grad(ep_rows, 8), *ep_maps, probs.clone().requires_grad_(), ALONE.id),
+        "ep_dispatch": (grad(12, 8), *route, ALONE.id),
+        "ep_dispatch_quantized": (*ops.quantize_1x128(randn(12, 128)), *route, ALONE.id),
+        "ep_combine": (grad(ep_rows, 8), *ep_maps, probs.clone().requires_grad_(), ALONE.id, True),
         "ep_combine_bwd": (randn(12, 8), randn(ep_rows, 8), *ep_maps, probs, ALONE.id),
         "unpermute_bwd": (randn(12, 8), randn(rows, 8), row_of, src, probs),
         "gemm_m_grouped": (grad(12, 8), grad(3, 6, 8), offsets, True, grad(3, 6), row_of, src),

@@ -24,6 +24,9 @@ class Dispatched(Protocol):
     @property
     def maps(self) -> tuple[Tensor, Tensor] | None: ...  # row_of [T, K] and src [R]: x is grouped only when it is read
 
+    @property
+    def group(self) -> ops.EpGroup | None: ...  # whose memory the experts' results are best put into
+
 
 class TokenDispatcher(Protocol):
     """Brings tokens to their experts and results back. Expert parallelism is another implementation of this."""
@@ -37,6 +40,7 @@ class LocalRows(NamedTuple):
     x: Tensor
     offsets: Tensor
     maps: tuple[Tensor, Tensor]
+    group: None = None
 
 
 class LocalDispatcher:
@@ -71,6 +75,6 @@ class MoE(nn.Module):
         weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
         tokens = self.dispatcher.dispatch(x_TD, idx_TK, self.num_experts)
         w13 = self.w13.unflatten(0, (self.num_experts, -1))
-        h = ops.gemm_m_grouped_swiglu(tokens.x, w13, tokens.offsets, maps=tokens.maps)
-        y = ops.gemm_m_grouped(h, self.w2.unflatten(0, (self.num_experts, -1)), tokens.offsets)
+        h = ops.gemm_m_grouped_swiglu(tokens.x, w13, tokens.offsets, maps=tokens.maps, group=tokens.group)
+        y = ops.gemm_m_grouped(h, self.w2.unflatten(0, (self.num_experts, -1)), tokens.offsets, group=tokens.group)
         return self.dispatcher.combine(y, tokens, weights_TK), stats

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from xtuner import _C
@@ -21,39 +24,34 @@ class EpGroup:
     Args:
         rank, world_size: this process in the group.
         all_gather: called with bytes on every rank, returns those of all ranks in rank order; any process group can
-            serve. Used when the group is made and when its buffers must grow, not in between.
+            serve. Used only when the group is made.
         timeout_s: how long an op waits for another rank before it raises OpError, naming the rank and what it owes.
             Longer than ranks may legitimately drift apart.
 
-    The memory has no name in the file system and is freed with the last process that maps it, however that ends. An
-    error that leaves an exchange half done breaks the group for good: its later ops fail at once.
+    The memory has no name in the file system and is freed with the last process that maps it, however that ends. It is
+    taken from the machine when first used and kept for reuse. An error that leaves an exchange half done breaks the
+    group for good: its later ops fail at once.
     """
 
     def __init__(
         self, rank: int, world_size: int, all_gather: Callable[[bytes], list[bytes]], timeout_s: float = 300.0
     ):
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self._all_gather = all_gather
-        self._memory = _C.SharedMemory(rank, world_size, 0, timeout_s, all_gather)
+        self.rank, self.world_size = rank, world_size
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # more could not be used anyway
+        self.memory = _C.SharedMemory(rank, world_size, machine, timeout_s, all_gather)
         self.id = next(_ids)
         _groups[self.id] = self
 
-    @property
-    def memory(self) -> _C.SharedMemory:
-        return self._memory
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in the memory that the other ranks reach, uninitialised. `ep_combine` reads it where it is."""
+        if not math.prod(shape):
+            return torch.empty(tuple(shape), dtype=dtype)
+        piece = _C.SharedPiece(self.memory, math.prod(shape) * dtype.itemsize)
+        return torch.frombuffer(piece, dtype=dtype).view(tuple(shape))
 
-    def memory_for(self, route: tuple[Tensor, ...], row_bytes: int) -> _C.SharedMemory:
-        """Shared memory with room for the rows of `route` on every rank.
-
-        Every rank knows everybody's loads, so all grow at the same call and to the same size. Nothing in the old
-        buffers is needed between ops. Memory is taken from the machine only when it is written to, so half again as
-        much as needed is reserved, and growing is rare.
-        """
-        room = _C.ep_room(route[0], route[1], row_bytes)
-        if room > self._memory.data_bytes:
-            room += room // 2
-            self._memory = _C.SharedMemory(self.rank, self.world_size, room, self.timeout_s, self._all_gather)
-        return self._memory
+    def share(self, x: Tensor) -> Tensor:
+        """x, or a copy of it, in the memory that the other ranks reach."""
+        return x if self.memory.owns(x) else self.empty(x.shape, x.dtype).copy_(x)
 
 
 def group_of(group_id: int) -> EpGroup:
@@ -65,31 +63,18 @@ def group_of(group_id: int) -> EpGroup:
 
 
 class EpRoute(NamedTuple):
-    """The routing of one layer, seen from one of W ranks: T its tokens, R the rows of its experts, E all experts.
+    """The routing of one layer, seen from one of W ranks with T tokens; E experts over all ranks.
 
-    offsets int64[E/W + 1]  first row of each expert of this rank; rows follow (source rank, token, k)
-    counts  int32[W, E]     choices of each rank that go to each expert
-    tokens  int32[W, W]     tokens that travel from rank to rank; one with several experts on a rank travels once
-    dest    int32[T, K, 2]  rank and row of each choice, (-1, -1) where dropped
-    slot    int32[T, W]     place of a token in each rank's receive buffer, -1 where it does not travel
-    origin  int32[R]        place of each row in this rank's receive buffer; -1 - t for its own token t; else INT32_MIN
+    offsets  int64[E/W + 1]  first row of each expert of this rank; rows follow (source rank, token, k)
+    counts   int32[W, E]     choices of each rank that go to each expert
+    dest     int32[T, K, 2]  rank and row of each choice, (-1, -1) where dropped
+    capacity                 rows R of every rank; None: as many as come, which the host reads
     """
 
     offsets: Tensor
     counts: Tensor
-    tokens: Tensor
     dest: Tensor
-    slot: Tensor
-    origin: Tensor
-
-    @property
-    def maps(self) -> tuple[Tensor, ...]:
-        """What the ops take: all but the offsets."""
-        return tuple(self)[1:]
+    capacity: int | None = None
 
 
-def row_bytes(x: Tensor) -> int:
-    return x.shape[1] * x.element_size()
-
-
-ROUTE_SCHEMA = "Tensor counts, Tensor tokens, Tensor dest, Tensor slot, Tensor origin"
+ROUTE_SCHEMA = "Tensor counts, Tensor dest"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xtuner import _C
 from xtuner.ops._lib import autograd, define, once_differentiable
-from xtuner.ops.ep import ROUTE_SCHEMA, EpGroup, EpRoute, group_of, row_bytes
+from xtuner.ops.ep import ROUTE_SCHEMA, EpGroup, EpRoute, group_of
 
 
 def ep_combine(y: Tensor, route: EpRoute, group: EpGroup, probs: Tensor | None = None) -> Tensor:
@@ -16,7 +16,9 @@ def ep_combine(y: Tensor, route: EpRoute, group: EpGroup, probs: Tensor | None =
     In float32 and in the order of k: the bits are those of `unpermute` on one rank that holds all experts.
 
     Args:
-        y: float32 or bfloat16 [R, H], rows of this rank's experts.
+        y: float32 or bfloat16 [R, H], rows of this rank's experts. Where it is in the group's memory (`EpGroup.empty`)
+            the other ranks read it there, and nobody may write to it before this rank's next op of the group has ended;
+            elsewhere it is copied first. (Under torch.compile it is always copied.)
         route: from `ep_prepare`.
         probs: float32 [T, K], or None for weights of one. Differentiable.
 
@@ -26,50 +28,53 @@ def ep_combine(y: Tensor, route: EpRoute, group: EpGroup, probs: Tensor | None =
     Raises:
         OpError: a rank that does not come in time, named with what it owes.
     """
-    return torch.ops.xtuner.ep_combine(y, *route.maps, probs, group.id)
+    in_place = not torch.compiler.is_compiling()
+    return torch.ops.xtuner.ep_combine(y, route.counts, route.dest, probs, group.id, in_place)
 
 
-def _fake(y: Tensor, counts, tokens, dest: Tensor, slot, origin, probs: Tensor | None, group: int) -> Tensor:
+def _fake(y: Tensor, counts: Tensor, dest: Tensor, probs: Tensor | None, group: int, in_place: bool) -> Tensor:
     return y.new_empty(dest.shape[0], y.shape[1])
 
 
-def _ep_combine(y: Tensor, *args) -> Tensor:
-    *maps, probs, group = args
-    out = _fake(y, *args)
-    memory = group_of(group).memory_for(maps, row_bytes(y))
-    _C.ep_combine(y, maps, memory, probs, out, torch.get_num_threads())
+def _ep_combine(y: Tensor, counts: Tensor, dest: Tensor, probs: Tensor | None, group: int, in_place: bool) -> Tensor:
+    ep = group_of(group)
+    out = _fake(y, counts, dest, probs, group, in_place)
+    shared = ep.share(y) if in_place else ep.empty(y.shape, y.dtype).copy_(y)
+    _C.ep_combine(shared, counts, dest, ep.memory, probs, out, torch.get_num_threads())
     return out
 
 
-def _fake_bwd(dout: Tensor, y: Tensor, counts, tokens, dest, slot, origin, probs: Tensor, group: int):
+def _fake_bwd(dout: Tensor, y: Tensor, counts, dest, probs: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y), torch.empty_like(probs)
 
 
-def _ep_combine_bwd(dout: Tensor, y: Tensor, *args) -> tuple[Tensor, Tensor]:
-    *maps, probs, group = args
-    dy, dprobs = _fake_bwd(dout, y, *args)
-    memory = group_of(group).memory_for(maps, row_bytes(y))
-    _C.ep_combine_bwd(dout, y, maps, memory, probs, dy, dprobs, torch.get_num_threads())
+def _ep_combine_bwd(dout: Tensor, y: Tensor, counts, dest, probs: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    ep = group_of(group)
+    dy, dprobs = ep.empty(y.shape, y.dtype), torch.empty_like(probs)
+    _C.ep_combine_bwd(dout, ep.share(y), counts, dest, ep.memory, probs, dy, dprobs, torch.get_num_threads())
     return dy, dprobs
 
 
 def _setup(ctx, inputs, output) -> None:
-    y, *maps, probs, ctx.group = inputs
+    y, counts, dest, probs, ctx.group, _ = inputs
+    ctx.rows = y.shape[0]
     # Without weights the gradient is a plain dispatch, which does not need y.
-    ctx.save_for_backward(y if probs is not None else None, *maps, probs)
+    ctx.save_for_backward(y if probs is not None else None, counts, dest, probs)
 
 
 def _backward(ctx, grad: Tensor):
-    y, *maps, probs = ctx.saved_tensors
+    y, counts, dest, probs = ctx.saved_tensors
     grad = grad.contiguous()
     if probs is None:
-        dy, dprobs = torch.ops.xtuner.ep_dispatch(grad, *maps, ctx.group), None
+        dy, dprobs = torch.ops.xtuner.ep_dispatch(grad, None, counts, dest, ctx.rows, ctx.group), None
     else:
-        dy, dprobs = torch.ops.xtuner.ep_combine_bwd(grad, y, *maps, probs, ctx.group)
-    return dy, None, None, None, None, None, dprobs, None
+        dy, dprobs = torch.ops.xtuner.ep_combine_bwd(grad, y, counts, dest, probs, ctx.group)
+    return dy, None, None, dprobs, None, None
 
 
-define(f"ep_combine(Tensor y, {ROUTE_SCHEMA}, Tensor? probs, int group) -> Tensor", _ep_combine, _fake)
+define(
+    f"ep_combine(Tensor y, {ROUTE_SCHEMA}, Tensor? probs, int group, bool in_place) -> Tensor", _ep_combine, _fake
+)
 define(
     f"ep_combine_bwd(Tensor dout, Tensor y, {ROUTE_SCHEMA}, Tensor probs, int group) -> (Tensor, Tensor)",
     _ep_combine_bwd,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xtuner import _C
 from xtuner.ops._lib import autograd, define, not_differentiable
-from xtuner.ops.ep import ROUTE_SCHEMA, EpGroup, EpRoute, group_of, row_bytes
+from xtuner.ops.ep import ROUTE_SCHEMA, EpGroup, EpRoute, group_of
 from xtuner.ops.quantize import row_scale_ld
 
 
@@ -19,23 +19,31 @@ def ep_dispatch(x: Tensor, route: EpRoute, group: EpGroup) -> Tensor:
         route: from `ep_prepare`.
 
     Returns:
-        [R, H] in the dtype of x; rows from route.offsets[-1] on are zero.
+        [R, H] in the dtype of x, with R = route.capacity or the rows that come; those from route.offsets[-1] on are
+        zero.
 
     Raises:
         OpError: a rank that does not come in time, named with what it owes.
     """
-    return torch.ops.xtuner.ep_dispatch(x, *route.maps, group.id)
+    return torch.ops.xtuner.ep_dispatch(x, *route, group.id)
 
 
-def _fake(x: Tensor, counts: Tensor, tokens: Tensor, dest: Tensor, slot: Tensor, origin: Tensor, group: int) -> Tensor:
-    return x.new_empty(origin.shape[0], x.shape[1])
+def _num_rows(offsets: Tensor | None, capacity: int | None) -> int:
+    return int(offsets[-1]) if capacity is None else capacity
 
 
-def _ep_dispatch(x: Tensor, *args) -> Tensor:
-    *maps, group = args
-    out = _fake(x, *args)
-    memory = group_of(group).memory_for(maps, row_bytes(x))
-    _C.ep_dispatch(x, None, maps, memory, out, None, torch.get_num_threads())
+def _fake_rows(capacity: int | None) -> int:
+    return torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+
+
+def _fake(x: Tensor, offsets, counts: Tensor, dest: Tensor, capacity: int | None, group: int) -> Tensor:
+    return x.new_empty(_fake_rows(capacity), x.shape[1])
+
+
+def _ep_dispatch(x: Tensor, offsets, counts: Tensor, dest: Tensor, capacity: int | None, group: int) -> Tensor:
+    ep = group_of(group)
+    out = ep.empty((_num_rows(offsets, capacity), x.shape[1]), x.dtype)
+    _C.ep_dispatch(x, None, counts, dest, ep.memory, out, None, torch.get_num_threads())
     return out
 
 
@@ -48,35 +56,38 @@ def ep_dispatch_quantized(q: Tensor, scale: Tensor, route: EpRoute, group: EpGro
     Returns:
         q [R, H] and scale float32 [H/128, R up to a multiple of 4]: what quantizing the dispatched rows would give.
     """
-    return torch.ops.xtuner.ep_dispatch_quantized(q, scale, *route.maps, group.id)
+    return torch.ops.xtuner.ep_dispatch_quantized(q, scale, *route, group.id)
 
 
-def _fake_quantized(q: Tensor, scale: Tensor, counts, tokens, dest, slot, origin: Tensor, group: int):
-    rows = origin.shape[0]
+def _fake_quantized(q: Tensor, scale: Tensor, offsets, counts, dest, capacity: int | None, group: int):
+    rows = _fake_rows(capacity)
     return q.new_empty(rows, q.shape[1]), scale.new_empty(scale.shape[0], row_scale_ld(rows))
 
 
-def _ep_dispatch_quantized(q: Tensor, scale: Tensor, *args) -> tuple[Tensor, Tensor]:
-    *maps, group = args
-    out, out_scale = _fake_quantized(q, scale, *args)
-    memory = group_of(group).memory_for(maps, row_bytes(q) + 4 * scale.shape[0] + 4)
-    _C.ep_dispatch(q, scale, maps, memory, out, out_scale, torch.get_num_threads())
+def _ep_dispatch_quantized(q: Tensor, scale: Tensor, offsets, counts, dest, capacity: int | None, group: int):
+    ep, rows = group_of(group), _num_rows(offsets, capacity)
+    out = ep.empty((rows, q.shape[1]), q.dtype)
+    out_scale = ep.empty((scale.shape[0], row_scale_ld(rows)), scale.dtype)
+    _C.ep_dispatch(q, scale, counts, dest, ep.memory, out, out_scale, torch.get_num_threads())
     return out, out_scale
 
 
 def _setup(ctx, inputs, output) -> None:
-    _, *maps, ctx.group = inputs
-    ctx.save_for_backward(*maps)
+    _, _, counts, dest, _, ctx.group = inputs
+    ctx.save_for_backward(counts, dest)
 
 
 def _backward(ctx, grad: Tensor):
-    dx = torch.ops.xtuner.ep_combine(grad.contiguous(), *ctx.saved_tensors, None, ctx.group)
-    return dx, None, None, None, None, None, None
+    # In eager mode nobody writes to a gradient that has been used; a compiler may reuse its memory at once.
+    in_place = not torch.compiler.is_compiling()
+    dx = torch.ops.xtuner.ep_combine(grad.contiguous(), *ctx.saved_tensors, None, ctx.group, in_place)
+    return dx, None, None, None, None, None
 
 
-define(f"ep_dispatch(Tensor x, {ROUTE_SCHEMA}, int group) -> Tensor", _ep_dispatch, _fake)
+_ROUTE = f"Tensor? offsets, {ROUTE_SCHEMA}, SymInt? capacity, int group"
+define(f"ep_dispatch(Tensor x, {_ROUTE}) -> Tensor", _ep_dispatch, _fake)
 define(
-    f"ep_dispatch_quantized(Tensor q, Tensor scale, {ROUTE_SCHEMA}, int group) -> (Tensor, Tensor)",
+    f"ep_dispatch_quantized(Tensor q, Tensor scale, {_ROUTE}) -> (Tensor, Tensor)",
     _ep_dispatch_quantized,
     _fake_quantized,
 )

@@ -16,45 +16,31 @@ def ep_prepare(topk_idx: Tensor, num_experts: int, group: EpGroup, capacity: int
     Args:
         topk_idx: int32 or int64 [T, K], expert of each choice in [0, num_experts), -1 drops it. T may differ by rank.
         num_experts: E, a multiple of the group's W ranks.
-        capacity: R, rows for the experts of this rank; None: as many as come, which the host reads.
+        capacity: R, rows for the experts of each rank, the same on all: choices that find none left are dropped, but
+            counted. None: as many rows as come.
 
     Raises:
-        OpError: an index outside [-1, num_experts); more rows than `capacity`; a rank that does not come in time.
+        OpError: an index outside [-1, num_experts); a rank that does not come in time.
     """
-    return EpRoute(*torch.ops.xtuner.ep_prepare(topk_idx, num_experts, group.id, capacity))
+    return EpRoute(*torch.ops.xtuner.ep_prepare(topk_idx, num_experts, group.id, capacity), capacity)
 
 
-def _outputs(topk_idx: Tensor, num_experts: int, world: int) -> tuple[Tensor, ...]:
-    tokens, k = topk_idx.shape
-
-    def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return topk_idx.new_empty(shape, dtype=dtype)
-
-    offsets = new(num_experts // world + 1, dtype=torch.int64)
-    return offsets, new(world, num_experts), new(world, world), new(tokens, k, 2), new(tokens, world)
-
-
-def _fake(topk_idx: Tensor, num_experts: int, group: int, capacity: int | None):
-    outputs = _outputs(topk_idx, num_experts, group_of(group).world_size)
-    if capacity is None:
-        capacity = torch.library.get_ctx().new_dynamic_size()
-    return *outputs, topk_idx.new_empty(capacity, dtype=torch.int32)
+def _fake(topk_idx: Tensor, num_experts: int, group: int, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    world = group_of(group).world_size
+    offsets = topk_idx.new_empty(num_experts // world + 1, dtype=torch.int64)
+    counts = topk_idx.new_empty((world, num_experts), dtype=torch.int32)
+    return offsets, counts, topk_idx.new_empty((*topk_idx.shape, 2), dtype=torch.int32)
 
 
 def _ep_prepare(topk_idx: Tensor, num_experts: int, group: int, capacity: int | None):
-    memory, threads = group_of(group).memory, torch.get_num_threads()
-    outputs = _outputs(topk_idx, num_experts, group_of(group).world_size)
-    offsets, counts, tokens, dest, slot = outputs
-    _C.ep_prepare(topk_idx, memory, counts, tokens, dest, slot, offsets, threads)
-    rows = int(offsets[-1]) if capacity is None else capacity
-    origin = topk_idx.new_empty(rows, dtype=torch.int32)
-    _C.ep_prepare_rows(memory, counts, tokens, offsets, origin, threads)
-    return *outputs, origin
+    offsets, counts, dest = _fake(topk_idx, num_experts, group, capacity)
+    memory = group_of(group).memory
+    _C.ep_prepare(topk_idx, capacity, memory, counts, dest, offsets, torch.get_num_threads())
+    return offsets, counts, dest
 
 
 define(
-    "ep_prepare(Tensor topk_idx, int num_experts, int group, SymInt? capacity)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ep_prepare(Tensor topk_idx, int num_experts, int group, SymInt? capacity) -> (Tensor, Tensor, Tensor)",
     _ep_prepare,
     _fake,
 )

@@ -18,6 +18,7 @@ class FusedRows(NamedTuple):
     x: Tensor
     offsets: Tensor
     route: ops.EpRoute
+    group: ops.EpGroup
     maps: None = None
 
 
@@ -36,7 +37,7 @@ class FusedDispatcher:
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> FusedRows:
         route = ops.ep_prepare(topk_idx_TK, num_experts, self.group)
-        return FusedRows(ops.ep_dispatch(x_TD, route, self.group), route.offsets, route)
+        return FusedRows(ops.ep_dispatch(x_TD, route, self.group), route.offsets, route, self.group)
 
     def combine(self, y_RD: Tensor, dispatched: FusedRows, weights_TK: Tensor) -> Tensor:
         return ops.ep_combine(y_RD, dispatched.route, self.group, weights_TK)
@@ -53,6 +54,7 @@ class AllToAllRows(NamedTuple):
     token_map: tuple[Tensor, Tensor]
     row_map: tuple[Tensor, Tensor]
     maps: None = None
+    group: None = None
 
 
 class AllToAllDispatcher:

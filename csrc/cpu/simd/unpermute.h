@@ -191,10 +191,10 @@ template <bool Stream, class Vec>
 XT_INLINE float scale_and_dot_row(const ScaleAndDot& a) {
   if (a.dtype == DType::f32) {
     return scale_row<Stream, true, Vec, float>(a.p, static_cast<const float*>(a.x), static_cast<float*>(a.out), a.hidden,
-                                               static_cast<const float*>(a.b), static_cast<const float*>(a.b));
+                                               static_cast<const float*>(a.b), static_cast<const float*>(a.next_b));
   }
   return scale_row<Stream, true, Vec, bf16_t>(a.p, static_cast<const bf16_t*>(a.x), static_cast<bf16_t*>(a.out), a.hidden,
-                                              static_cast<const bf16_t*>(a.b), static_cast<const bf16_t*>(a.b));
+                                              static_cast<const bf16_t*>(a.b), static_cast<const bf16_t*>(a.next_b));
 }
 
 template <class Vec>

@@ -1,12 +1,17 @@
 // Peers that are processes (or threads) of one machine.
 #pragma once
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "xtuner/peers.h"
 
 namespace xt {
+
+namespace cpu {
+class SharedHeap;
+}
 
 // Called by every rank with bytes of its own; returns those of all ranks in rank order.
 using AllGather = std::function<std::vector<std::string>(const std::string&)>;
@@ -27,11 +32,18 @@ class SharedMemory {
 
   const Peers& peers() const { return peers_; }
 
+  // A piece of this rank's data area, page-aligned, for tensors that other ranks reach. Its pages stay with the process
+  // and are handed out again after `free`, once no other rank can still be reading them. Error when the area is full.
+  void* allocate(int64_t bytes);
+  void free(void* at);
+  int64_t allocated() const;  // bytes handed out, or given back but still resting
+
  private:
   std::string map_all(const std::vector<std::string>& hellos);
   void release();
 
   Peers peers_;
+  std::unique_ptr<cpu::SharedHeap> heap_;
   int fd_ = -1;
 };
 
