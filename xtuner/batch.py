@@ -24,6 +24,9 @@ class Batch:
     max_seqlen   int         longest document, known on the host so that kernels need no synchronisation
     extras       per-token tensors [T, …] of an algorithm (old log-probabilities, advantages)
     routing      int32[T, L, K] expert choices to replay, or None
+    total_tokens int         tokens of the whole of which this is a slice; None: this is the whole
+
+    Of a slice, cu_seqlens and max_seqlen still describe the whole; all other tensors are this slice's.
     """
 
     input_ids: Tensor
@@ -34,6 +37,7 @@ class Batch:
     max_seqlen: int
     extras: dict[str, Tensor] = field(default_factory=dict)
     routing: Tensor | None = None
+    total_tokens: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -45,3 +49,23 @@ class Batch:
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
         moved["extras"] = {k: v.to(device, non_blocking=True) for k, v in self.extras.items()}
         return replace(self, **moved)
+
+    def slice(self, index: int, parts: int) -> Batch:
+        """Slice `index` of `parts` slices of the tokens, cut without regard to documents. See `slice_sizes`."""
+        sizes = slice_sizes(self.num_tokens, parts)
+        part = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+        return replace(
+            self,
+            input_ids=self.input_ids[part],
+            labels=self.labels[part],
+            loss_weights=self.loss_weights[part],
+            positions=self.positions[:, part],
+            extras={k: v[part] for k, v in self.extras.items()},
+            routing=None if self.routing is None else self.routing[part],
+            total_tokens=self.num_tokens,
+        )
+
+
+def slice_sizes(total: int, parts: int) -> list[int]:
+    """Lengths of `parts` slices of `total` tokens: equal, or longer by one at the front."""
+    return [total // parts + (i < total % parts) for i in range(parts)]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from xtuner.checkpoint.hf import load_hf, save_hf
 from xtuner.config import ParallelConfig
 from xtuner.models import build_model, config_from_hf, config_to_hf, hf_map
-from xtuner.parallel import shard_model
+from xtuner.parallel import World, build_layout, parallelize
 
 
 def load_compute_save(rank: int, root: Path, ids: torch.Tensor) -> None:
@@ -18,8 +18,8 @@ def load_compute_save(rank: int, root: Path, ids: torch.Tensor) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{root / 'rendezvous'}", rank=rank, world_size=2)
     cfg = config_from_hf(root / "theirs")
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    model = shard_model(build_model(cfg, "meta"), mesh, ParallelConfig())
+    world, parallel = World(rank, rank, 2, 2, torch.device("cpu")), ParallelConfig()
+    model = parallelize(build_model(cfg, "meta"), build_layout(parallel, cfg, world), parallel, world)
     model.to_empty(device="cpu")
     load_hf(model, hf_map(cfg), root / "theirs")
     length = len(ids)

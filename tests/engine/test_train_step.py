@@ -12,7 +12,7 @@ from xtuner.models import SIZES, build_model
 from xtuner.optim import build_adamw
 from xtuner.parallel import World
 
-ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), mesh=None)
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
 def make(name="qwen3-moe-tiny"):

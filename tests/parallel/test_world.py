@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from xtuner.config import ParallelConfig
 from xtuner.errors import ConfigError
 from xtuner.models import SIZES, build_model
-from xtuner.parallel import init_world, shard_model
+from xtuner.parallel import build_layout, init_world, parallelize
 
 
 @pytest.fixture
@@ -17,6 +17,15 @@ def world():
     yield init_world("cpu", num_threads=1)
     dist.destroy_process_group()
     torch.set_num_threads(threads)
+
+
+def build(cfg, world, **fields):
+    """On the meta device, laid out over the one rank, then filled."""
+    parallel = ParallelConfig(**fields)
+    model = parallelize(build_model(cfg, "meta"), build_layout(parallel, cfg, world), parallel, world)
+    model.to_empty(device="cpu")
+    model.init_weights(seed=3)
+    return model
 
 
 def test_alone(world):
@@ -29,10 +38,7 @@ def test_alone(world):
 
 
 def test_sharded_model_computes_in_bf16_and_keeps_float32_weights(world):
-    cfg = SIZES["qwen3-moe-tiny"]
-    model = shard_model(build_model(cfg, "meta"), world.mesh, ParallelConfig(compute_dtype="bfloat16"))
-    model.to_empty(device="cpu")
-    model.init_weights(seed=3)
+    model = build(SIZES["qwen3-moe-tiny"], world, compute_dtype="bfloat16")
     assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
     ids = torch.arange(12)
     out = model(ids, ids[None], torch.tensor([0, 12], dtype=torch.int32), 12)
@@ -45,9 +51,7 @@ def test_fresh_weights_do_not_depend_on_sharding(world):
     cfg = SIZES["qwen3-moe-tiny"]
     plain = build_model(cfg)
     plain.init_weights(seed=3)
-    sharded = shard_model(build_model(cfg, "meta"), world.mesh, ParallelConfig())
-    sharded.to_empty(device="cpu")
-    sharded.init_weights(seed=3)
+    sharded = build(cfg, world)
     for (name, a), b in zip(plain.named_parameters(), sharded.parameters(), strict=True):
         assert torch.equal(a, b.full_tensor()), name
     assert plain.embed.weight.std().item() == pytest.approx(cfg.initializer_range, rel=0.05)

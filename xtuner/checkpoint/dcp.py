@@ -21,12 +21,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from xtuner.errors import CheckpointError
 
 _COMPLETE = re.compile(r"step-\d{8}")
 _STATE_FILE = "state.json"
+# Optimizer state by parameter name: how parameters are grouped depends on the layout.
+_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -85,7 +87,9 @@ def load_checkpoint(
     if optimizer is None:
         model.load_state_dict(tensors["model"])
         return state
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optim"])
+    set_state_dict(
+        model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optim"], options=_BY_NAME
+    )
     if "rng" in tensors:
         torch.set_rng_state(tensors["rng"][f"rank{_rank()}"])
     return state
@@ -100,7 +104,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_BY_NAME)
     rng = {f"rank{_rank()}": torch.get_rng_state()}
     return {"model": model_state, "optim": optimizer_state, "rng": rng}
 

@@ -1,7 +1,7 @@
 """Exchange with Hugging Face: a module's parameters to and from a directory of safetensors, one tensor at a time.
 
 How our names relate to theirs is handed in as data: for each of our parameters, in order, which of its rows are which
-Hugging Face tensor. Parameters may be plain tensors or DTensors sharded on dim 0 (FSDP2); a rank reads the rows it
+Hugging Face tensor. Parameters may be plain tensors or DTensors sharded on dim 0; a rank reads the rows it
 owns and nothing else.
 """
 
@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from xtuner.checkpoint.safetensors_io import (
     DTYPE_NAMES,
@@ -30,7 +29,7 @@ from xtuner.checkpoint.safetensors_io import (
     write_index,
 )
 from xtuner.errors import CheckpointError
-from xtuner.parallel import local_rows
+from xtuner.parallel import local_rows, whole
 
 
 class Part(Protocol):
@@ -129,7 +128,7 @@ def save_hf(
         stored_dtype = dtype or next(iter(params.values())).dtype
         export.attempt(export.begin, plan, config, stored_dtype, Path(tokenizer_dir) if tokenizer_dir else None)
     for name, param in params.items():
-        full = _gather(param, dtype)
+        full = whole(param.detach().to(dtype or param.dtype))
         if export:
             for part in name_map[name]:
                 export.attempt(export.write, part, full)
@@ -275,12 +274,6 @@ def _planned(params: Mapping[str, Tensor], name_map: NameMap, dtype: torch.dtype
     for name, param in params.items():
         for part in name_map[name]:
             yield PlannedTensor(part.hf_name, (part.num_rows, *param.shape[1:]), dtype or param.dtype)
-
-
-def _gather(param: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The whole parameter in `dtype`, on every rank. Collective for a DTensor."""
-    value = param.detach().to(dtype or param.dtype)
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

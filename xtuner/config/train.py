@@ -58,6 +58,14 @@ class ParallelConfig(ConfigBase):
         "float32", description="dtype of gathered weights and activations; master weights are always float32"
     )
     reshard_after_forward: bool = Field(True, description="free gathered weights between forward and backward")
+    shard_size: int | None = Field(
+        None, ge=1, description="ranks that weights are sharded over; fewer than all: copies of the whole (HSDP)"
+    )
+    ep_size: int = Field(1, ge=1, description="ranks that experts are split over; tokens travel among them")
+    sp_size: int = Field(1, ge=1, description="ranks that share one sequence (Ulysses)")
+    dispatcher: Literal["auto", "all_to_all", "fused"] = Field(
+        "auto", description="how tokens travel to experts; auto: fused (shared memory) where a group is on one machine"
+    )
 
 
 class CheckpointConfig(ConfigBase):

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, read_state
 from xtuner.checkpoint.hf import save_hf
-from xtuner.config import ModelConfig, TrainConfig, load_config
+from xtuner.config import ModelConfig, ParallelConfig, TrainConfig, load_config
 from xtuner.errors import CheckpointError
 from xtuner.models import build_model, config_to_hf, hf_map
-from xtuner.parallel import init_world, shard_model
+from xtuner.parallel import build_layout, init_world, parallelize
 
 
 def convert(checkpoint: Path, out: Path, dtype: str) -> None:
@@ -31,7 +31,8 @@ def convert(checkpoint: Path, out: Path, dtype: str) -> None:
     arch = ModelConfig.parse(saved_arch)
     world = init_world("cpu", None)
     try:
-        model = shard_model(build_model(arch, device="meta"), world.mesh, cfg.parallel)
+        here = ParallelConfig()  # whatever the layout of the run was
+        model = parallelize(build_model(arch, device="meta"), build_layout(here, arch, world), here, world)
         model.to_empty(device=world.device)
         load_checkpoint(checkpoint, model, None, saved_arch)
         tokenizer = cfg.data.tokenizer or cfg.model.path

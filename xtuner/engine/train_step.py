@@ -91,6 +91,8 @@ def forward_loss(model: nn.Module, batch: Batch) -> ModelOutput:
         batch.max_seqlen,
         labels=batch.labels,
         loss_weights=batch.loss_weights,
+        routing=batch.routing,
+        total_tokens=batch.total_tokens,
     )
 
 

@@ -26,7 +26,7 @@ from xtuner.engine.validate import validation_loss
 from xtuner.errors import ConfigError, DataError
 from xtuner.models import SIZES, build_model, config_from_hf, hf_map
 from xtuner.optim import build_adamw, learning_rate
-from xtuner.parallel import World, init_world, shard_model
+from xtuner.parallel import Layout, World, build_layout, init_world, parallelize
 
 Prepare = Callable[[TrainConfig], TrainConfig]
 
@@ -37,6 +37,7 @@ class Run:
 
     cfg: TrainConfig
     world: World
+    layout: Layout
     arch: ModelConfig
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -126,7 +127,7 @@ def _loop(run: Run) -> dict[str, Any]:
             last = run.step == cfg.steps
             report_step(run, screen, metrics, result, lr, seconds)
             if run.validation is not None and (last or due(run.step, cfg.validation.every)):
-                held_out = validation_loss(run.model, run.validation, world, cfg.validation.max_packs)
+                held_out = validation_loss(run.model, run.validation, world, run.layout, cfg.validation.max_packs)
                 screen.note(f"step {run.step}: held-out loss {held_out:.4f} nats/token")
                 if metrics:
                     metrics.write("validation", run.step, {"loss": held_out})
@@ -143,6 +144,7 @@ def _loop(run: Run) -> dict[str, Any]:
 
 def _build(cfg: TrainConfig, world: World) -> Run:
     arch, source = _resolve_model(cfg)
+    layout = build_layout(cfg.parallel, arch, world)
     tokenizer = cfg.data.tokenizer or source
     if tokenizer is None:
         raise ConfigError("data.tokenizer: required, since model.path does not give one")
@@ -154,18 +156,18 @@ def _build(cfg: TrainConfig, world: World) -> Run:
         dataset,
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=cfg.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
+        rank=layout.data_rank,
+        world_size=layout.data_size,
         seed=cfg.seed,
         shuffle=cfg.data.shuffle,
     )
-    # Built without memory, sharded, and only then filled: no rank ever holds the whole model.
-    model = shard_model(build_model(arch, device="meta"), world.mesh, cfg.parallel)
+    # Built without memory, laid out, and only then filled: no rank ever holds the whole model.
+    model = parallelize(build_model(arch, device="meta"), layout, cfg.parallel, world)
     model.to_empty(device=world.device)
     model.init_weights(cfg.seed)
     if source is not None:
         load_hf(model, hf_map(arch), source)
-    return Run(cfg, world, arch, model, build_adamw(model, cfg.optim), loader, validation)
+    return Run(cfg, world, layout, arch, model, build_adamw(model, cfg.optim), loader, validation)
 
 
 def _resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
@@ -209,7 +211,7 @@ def _next_batches(run: Run) -> list[Batch]:
             f"token id {largest} is outside the model's vocab_size={run.arch.vocab_size}: "
             f"data.tokenizer={run.cfg.data.tokenizer or run.cfg.model.path} does not belong to this model"
         )
-    return [batch.to(run.world.device) for batch in batches]
+    return [run.layout.slice(batch).to(run.world.device) for batch in batches]
 
 
 def _on_local_main_first(world: World, action: Callable[[], Any]) -> Any:

@@ -54,8 +54,9 @@ class Block(nn.Module):
         max_seqlen: int,
         cache: KVCache | None,
         topk_idx: Tensor | None,
+        total_tokens: int | None,
     ) -> tuple[Tensor, RouterStats | None]:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rotary, cu_seqlens, max_seqlen, cache)
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rotary, cu_seqlens, max_seqlen, cache, total_tokens)
         if not self.is_moe:
             return x_TD + self.mlp(self.mlp_norm(x_TD)), None
         y_TD, stats = self.moe(self.mlp_norm(x_TD), topk_idx)
@@ -88,6 +89,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         routing: Tensor | None = None,
         logit_rows: Tensor | None = None,
+        total_tokens: int | None = None,
     ) -> ModelOutput:
         """Logits, or with `labels` and `loss_weights` the weighted sum of cross-entropies instead.
 
@@ -95,13 +97,14 @@ class Decoder(nn.Module):
             cache: keys and values of earlier tokens; the new ones are appended.
             routing: int32 [T, L, K] expert choices to replay in the L MoE layers.
             logit_rows: int64 [S], the tokens whose logits [S, V] are wanted; None: all. Generation needs only the last.
+            total_tokens: with sequence parallelism, the tokens that this rank holds a slice of.
         """
         x_TD = self.embed(input_ids)
         rotary = rotary_tables(positions[0], self.cfg.head_dim, self.cfg.rope, x_TD.dtype)
         stats: list[RouterStats] = []
         for layer in self.layers:
             topk_idx = routing[:, len(stats)] if routing is not None and layer.is_moe else None
-            x_TD, layer_stats = layer(x_TD, rotary, cu_seqlens, max_seqlen, cache, topk_idx)
+            x_TD, layer_stats = layer(x_TD, rotary, cu_seqlens, max_seqlen, cache, topk_idx, total_tokens)
             if layer_stats is not None:
                 stats.append(layer_stats)
         if cache is not None:

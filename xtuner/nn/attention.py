@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor, nn
 
 from xtuner import ops
@@ -9,6 +11,19 @@ from xtuner.config import ModelConfig
 from xtuner.nn.kv_cache import KVCache
 from xtuner.nn.linear import Linear
 from xtuner.nn.norm import RMSNorm
+
+
+class SequenceExchange(Protocol):
+    """Between a slice of the tokens with all heads and all tokens with some of the heads. Sequence parallelism is an
+    implementation of this. T tokens, t of this rank's slice; H heads, h of this rank."""
+
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[t, H, D] each to [T, h, D]."""
+        ...
+
+    def to_tokens(self, out: Tensor) -> Tensor:
+        """[T, h, D] to [t, H, D]."""
+        ...
 
 
 class Attention(nn.Module):
@@ -25,6 +40,7 @@ class Attention(nn.Module):
         normed = cfg.family in ("qwen3", "qwen3_moe")
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if normed else nn.Identity()
+        self.exchange: SequenceExchange | None = None  # None: all tokens are here
 
     def forward(
         self,
@@ -33,12 +49,20 @@ class Attention(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: KVCache | None = None,
+        total_tokens: int | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D]. No token sees another document; with `cache`, also the tokens of earlier calls."""
+        """[T, D] -> [T, D]. No token sees another document; with `cache`, also the tokens of earlier calls.
+
+        With an `exchange`, x holds a slice of the `total_tokens` that cu_seqlens and max_seqlen describe.
+        """
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = ops.rotary(self.q_norm(q), *rotary), ops.rotary(self.k_norm(k), *rotary)
         cu_k, max_k = cu_seqlens, max_seqlen
         if cache is not None:
             k, v, cu_k, max_k = cache.append(self.layer, k, v, cu_seqlens)
+        if self.exchange is not None:
+            q, k, v = self.exchange.to_heads(q, k, v, total_tokens)
         out = ops.attention(q, k, v, cu_seqlens, cu_k, max_seqlen, max_k)
+        if self.exchange is not None:
+            out = self.exchange.to_tokens(out)
         return self.wo(out.flatten(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,11 +71,13 @@ class MoE(nn.Module):
         self.w13 = nn.Parameter(torch.empty(cfg.num_experts * 2 * cfg.moe_intermediate_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(cfg.num_experts * hidden_size, cfg.moe_intermediate_size))
         self.dispatcher: TokenDispatcher = LocalDispatcher()
+        self.to_local: Callable[[Tensor], Tensor] = lambda weight: weight  # the rows of the experts on this rank
 
     def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
         tokens = self.dispatcher.dispatch(x_TD, idx_TK, self.num_experts)
-        w13 = self.w13.unflatten(0, (self.num_experts, -1))
+        here = tokens.offsets.numel() - 1
+        w13, w2 = (self.to_local(w).unflatten(0, (here, -1)) for w in (self.w13, self.w2))
         h = ops.gemm_m_grouped_swiglu(tokens.x, w13, tokens.offsets, maps=tokens.maps, group=tokens.group)
-        y = ops.gemm_m_grouped(h, self.w2.unflatten(0, (self.num_experts, -1)), tokens.offsets, group=tokens.group)
+        y = ops.gemm_m_grouped(h, w2, tokens.offsets, group=tokens.group)
         return self.dispatcher.combine(y, tokens, weights_TK), stats

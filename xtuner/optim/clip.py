@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,11 +19,13 @@ def clip_grad_norm(
     is not finite is returned as it is and leaves the gradients alone: the caller skips the step.
 
     Args:
-        reduce_sum: sums a tensor over the ranks that hold different shards.
+        reduce_sum: sums a tensor over all ranks.
     """
-    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    whole = [p.grad for p in parameters if p.grad is not None]
+    grads = [_local(grad) for grad in whole]
     norms = torch.stack(torch._foreach_norm(grads)).double()
-    total = reduce_sum(norms.square().sum()).sqrt().item()
+    copies = norms.new_tensor([_copies(grad) for grad in whole])
+    total = reduce_sum((norms.square() / copies).sum()).sqrt().item()
     if total > max_norm and total < float("inf"):
         torch._foreach_mul_(grads, max_norm / total)
     return total
@@ -30,3 +33,11 @@ def clip_grad_norm(
 
 def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _copies(grad: Tensor) -> int:
+    """How many ranks hold the same shard."""
+    if not isinstance(grad, DTensor):
+        return 1
+    axes = enumerate(grad.placements)
+    return math.prod(grad.device_mesh.size(axis) for axis, placement in axes if placement.is_replicate())

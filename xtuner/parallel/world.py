@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtuner import _C
 from xtuner.errors import ConfigError
@@ -20,14 +19,13 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the run. `mesh` has the single axis `fsdp` over all ranks."""
+    """One rank's view of the run."""
 
     rank: int
     local_rank: int
     size: int
     local_size: int
     device: torch.device
-    mesh: DeviceMesh
 
     @property
     def is_main(self) -> bool:
@@ -72,8 +70,7 @@ def init_world(device: str, num_threads: int | None) -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    mesh = init_device_mesh(kind, (size,), mesh_dim_names=("fsdp",))
-    return World(rank, local_rank, size, local_size, torch.device(kind, local_rank if kind == "cuda" else None), mesh)
+    return World(rank, local_rank, size, local_size, torch.device(kind, local_rank if kind == "cuda" else None))
 
 
 def _choose_device(device: str, local_size: int) -> str:
