@@ -36,22 +36,39 @@ class OnDevice {
   int wanted_, previous_ = 0;
 };
 
-// No blocks: nothing to do. More blocks than a grid holds: kernels stride over their work, whatever the grid.
+// With so many bytes of dynamic shared memory. No blocks: nothing to do. More blocks than a grid holds: kernels stride
+// over their work, whatever the grid.
 template <class... Params, class... Args>
-void launch(const char* op, Stream stream, int64_t blocks, int threads, void (*kernel)(Params...),
-            const Args&... args) {
+void launch_with_shared(const char* op, Stream stream, int64_t blocks, int threads, int shared_bytes,
+                        void (*kernel)(Params...), const Args&... args) {
   if (blocks == 0) return;
+  if (shared_bytes > 48 << 10) {  // more must be asked for
+    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 0x7fffffff)));
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream.handle);
   check(op, cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+
+template <class... Params, class... Args>
+void launch(const char* op, Stream stream, int64_t blocks, int threads, void (*kernel)(Params...),
+            const Args&... args) {
+  launch_with_shared(op, stream, blocks, threads, 0, kernel, args...);
 }
 
 // Blocks of block_threads that hold so many warps.
 inline int64_t blocks_of_warps(int64_t warps) {
   constexpr int64_t per_block = block_threads / warp_size;
   return (warps + per_block - 1) / per_block;
+}
+
+inline int device_attribute(const char* op, const Tensor& t, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(op, cudaDeviceGetAttribute(&value, attribute, t.device.index));
+  return value;
 }
 
 __device__ inline void note(uint64_t* fault, Fault kind, int64_t index) {

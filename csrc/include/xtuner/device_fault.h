@@ -15,6 +15,7 @@ enum class Fault : uint8_t {
   unpermute_bwd_maps,   // index: t*K + k or row
   offsets,              // index: offsets[E], cut to 56 bits
   offsets_order,        // index: e
+  gemm_src,             // index: row
 };
 
 constexpr uint64_t no_fault = ~uint64_t{0};  // what the word must hold at the start

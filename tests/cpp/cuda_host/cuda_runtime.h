@@ -15,6 +15,8 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
+#define __forceinline__ inline
+#define __grid_constant__
 #define __shared__ static  // blocks run one after another; machine.cpp knows these variables by their addresses
 
 struct alignas(8) uint2 {
@@ -51,7 +53,9 @@ T max(T a, T b) {
 }
 
 // ---- host side ----
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -69,15 +73,29 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_host::Gpu& gpu = cuda_host::gpu();
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? gpu.compute_capability_major : gpu.multiprocessors;
+  return cudaSuccess;
+}
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  if (bytes > cuda_host::most_shared_bytes) return cudaErrorInvalidValue;
+  cuda_host::shared_limit(reinterpret_cast<void*>(kernel)) = bytes;
+  return cudaSuccess;
+}
+
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
   if (blocks == 0 || blocks > 0x7fffffffu || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
+  const auto limit = static_cast<size_t>(cuda_host::shared_limit(reinterpret_cast<void*>(kernel)));
+  if (config->dynamicSmemBytes > limit) return cudaErrorInvalidValue;
   struct Call {
     void (*kernel)(Params...);
     std::tuple<Params...> params;
   } call = {kernel, {static_cast<Params>(args)...}};
-  cuda_host::launch(blocks, threads, &call, sizeof call, [](void* c) {
+  cuda_host::launch(blocks, threads, config->dynamicSmemBytes, &call, sizeof call, [](void* c) {
     std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->params);
   });
   return cudaSuccess;

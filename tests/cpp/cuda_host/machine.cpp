@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -46,7 +47,7 @@ struct Machine {
   bool in_kernel = false;
   uint64_t launch = 0, epoch = 0, first_epoch = 0;
   void* call = nullptr;
-  size_t call_bytes = 0;
+  size_t call_bytes = 0, dynamic_shared_bytes = 0;
   void (*run)(void*) = nullptr;
   std::string violation, skipped;
   std::set<std::string> seen;
@@ -221,10 +222,11 @@ void access(const void* p, size_t bytes, Kind kind) {
 
 }  // namespace
 
-void launch(unsigned blocks, unsigned threads, void* call, size_t call_bytes, void (*run)(void*)) {
+void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void* call, size_t call_bytes, void (*run)(void*)) {
   Machine& m = machine;
   m.blocks = blocks;
   m.threads = threads;
+  m.dynamic_shared_bytes = dynamic_shared_bytes;
   m.call = call;
   m.call_bytes = call_bytes;
   m.run = run;
@@ -244,6 +246,14 @@ void set_schedule(unsigned seed) { machine.seed = seed; }
 std::set<std::string>& barriers_seen() { return machine.seen; }
 void skip_barrier(const std::string& site) { machine.skipped = site; }
 int& current_device() { return machine.device; }
+Gpu& gpu() {
+  static Gpu gpu;
+  return gpu;
+}
+int& shared_limit(void* kernel) {
+  static std::map<void*, int> limits;
+  return limits.try_emplace(kernel, 48 << 10).first->second;
+}
 
 unsigned thread_index() { return machine.current; }
 unsigned block_index() { return machine.block; }

@@ -15,7 +15,7 @@ struct Violation : std::runtime_error {
 };
 
 // Calls run(call) in every thread of a grid. `call` holds the kernel's parameters, which kernels may read.
-void launch(unsigned blocks, unsigned threads, void* call, size_t call_bytes, void (*run)(void*));
+void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void* call, size_t call_bytes, void (*run)(void*));
 
 // The order in which the threads of a block run between barriers: 0 ascending, 1 descending, else shuffled.
 void set_schedule(unsigned seed);
@@ -25,6 +25,13 @@ std::set<std::string>& barriers_seen();
 void skip_barrier(const std::string& site);  // empty: none
 
 int& current_device();
+
+struct Gpu {
+  int compute_capability_major = 8, multiprocessors = 3;
+};
+Gpu& gpu();
+constexpr int most_shared_bytes = 227 << 10;  // per block, on Hopper
+int& shared_limit(void* kernel);              // dynamic; raised by cudaFuncSetAttribute
 
 // ---- for kernels ----
 unsigned thread_index();
