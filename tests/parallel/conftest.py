@@ -8,7 +8,8 @@ from tests.parallel.pool import RankPool
 @pytest.fixture(scope="session")
 def ranks():
     """Four rank processes, forked from one that has imported everything and started no thread."""
-    multiprocessing.set_forkserver_preload(["tests.parallel.ep_rank", "tests.parallel.layout_rank"])
+    modules = ("ep_rank", "layout_rank", "moe_rank")
+    multiprocessing.set_forkserver_preload([f"tests.parallel.{module}" for module in modules])
     pool = RankPool(4)
     yield pool
     pool.close()

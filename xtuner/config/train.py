@@ -66,6 +66,15 @@ class ParallelConfig(ConfigBase):
     dispatcher: Literal["auto", "all_to_all", "fused"] = Field(
         "auto", description="how tokens travel to experts; auto: fused (shared memory) where a group is on one machine"
     )
+    dispatch_mode: Literal["exact", "static"] = Field(
+        "exact", description="room for the rows of a rank's experts: as many as come, or always capacity_factor's"
+    )
+    capacity_factor: float = Field(
+        2.0, gt=0, description="static: rows a rank has room for over its tokens' choices; too few are an error"
+    )
+    max_load: float | None = Field(
+        4.0, gt=0, description="rows of a rank's experts at a time over the mean; more take rounds; None: all at once"
+    )
 
 
 class CheckpointConfig(ConfigBase):

@@ -16,7 +16,7 @@ from xtuner.models import ModelOutput
 from xtuner.nn.loss import load_balancing_loss, z_loss
 from xtuner.nn.router import RouterStats
 from xtuner.optim import clip_grad_norm, update_choice_bias
-from xtuner.parallel import World
+from xtuner.parallel import World, check_overflow
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def train_step(
         share = 1 / len(micro_batches)
         (loss + share * (loss_cfg.aux_loss_coef * aux + loss_cfg.z_loss_coef * z)).backward()
         meter.add(loss, aux * share, z * share, batch.num_tokens, output.stats)
+    check_overflow(model, world)
     grad_norm = clip_grad_norm(model.parameters(), max_grad_norm, world.all_reduce_sum)
     finite = math.isfinite(grad_norm)
     if finite:

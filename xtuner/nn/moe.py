@@ -29,8 +29,15 @@ class Dispatched(Protocol):
     def group(self) -> ops.EpGroup | None: ...  # whose memory the experts' results are best put into
 
 
+Experts = Callable[[Dispatched], Tensor]
+
+
 class TokenDispatcher(Protocol):
     """Brings tokens to their experts and results back. Expert parallelism is another implementation of this."""
+
+    def run(
+        self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> Tensor: ...  # combine(experts(dispatch(x))), or the same in parts
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> Dispatched: ...
 
@@ -46,6 +53,12 @@ class LocalRows(NamedTuple):
 
 class LocalDispatcher:
     """All experts are here."""
+
+    def run(
+        self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> Tensor:
+        tokens = self.dispatch(x_TD, topk_idx_TK, num_experts)
+        return self.combine(experts(tokens), tokens, weights_TK)
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> LocalRows:
         _, offsets, *maps = ops.route_map(topk_idx_TK, num_experts)
@@ -75,9 +88,11 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
-        tokens = self.dispatcher.dispatch(x_TD, idx_TK, self.num_experts)
+        return self.dispatcher.run(self.experts, x_TD, idx_TK, weights_TK, self.num_experts), stats
+
+    def experts(self, tokens: Dispatched) -> Tensor:
+        """The results [R, D] of this rank's experts on the rows they were given."""
         here = tokens.offsets.numel() - 1
         w13, w2 = (self.to_local(w).unflatten(0, (here, -1)) for w in (self.w13, self.w2))
         h = ops.gemm_m_grouped_swiglu(tokens.x, w13, tokens.offsets, maps=tokens.maps, group=tokens.group)
-        y = ops.gemm_m_grouped(h, w2, tokens.offsets, group=tokens.group)
-        return self.dispatcher.combine(y, tokens, weights_TK), stats
+        return ops.gemm_m_grouped(h, w2, tokens.offsets, group=tokens.group)

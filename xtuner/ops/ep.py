@@ -68,7 +68,7 @@ class EpRoute(NamedTuple):
     offsets  int64[E/W + 1]  first row of each expert of this rank; rows follow (source rank, token, k)
     counts   int32[W, E]     choices of each rank that go to each expert
     dest     int32[T, K, 2]  rank and row of each choice, (-1, -1) where dropped
-    capacity                 rows R of every rank; None: as many as come, which the host reads
+    capacity                 rows R of this rank; None: as many as come, which the host reads
     """
 
     offsets: Tensor

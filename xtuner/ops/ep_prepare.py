@@ -16,8 +16,8 @@ def ep_prepare(topk_idx: Tensor, num_experts: int, group: EpGroup, capacity: int
     Args:
         topk_idx: int32 or int64 [T, K], expert of each choice in [0, num_experts), -1 drops it. T may differ by rank.
         num_experts: E, a multiple of the group's W ranks.
-        capacity: R, rows for the experts of each rank, the same on all: choices that find none left are dropped, but
-            counted. None: as many rows as come.
+        capacity: R, rows for the experts of this rank: choices that find none left are dropped, but counted. None: as
+            many rows as come.
 
     Raises:
         OpError: an index outside [-1, num_experts); a rank that does not come in time.

@@ -1,17 +1,105 @@
 """Tokens to experts that live on other ranks, and back: the token dispatchers of expert parallelism.
 
-Both give the bits of the local dispatcher: rows of an expert follow (rank, token, k), results are summed in k order.
+All give the bits of the local dispatcher: rows of an expert follow (rank, token, k), results are summed in k order.
+
+Legend: W ranks, E experts of all of them, T tokens of this rank, K choices per token, R rows of this rank's experts.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xtuner import ops
+from xtuner.parallel.dispatch_rounds import cut_into_rounds
+from xtuner.parallel.world import World
+
+Experts = Callable[[Any], Tensor]  # dispatched tokens -> [R, D]
+
+
+class Dispatcher:
+    """What the dispatchers have in common: how many rows there may be, and what happens when more come.
+
+    Args:
+        process_group: the ranks that experts are spread over. All of them make the dispatcher and use it alike.
+        mode: "exact": as many rows as come; the host reads the loads of the experts once in each layer.
+            "static": always R = ceil(capacity_factor * T * K) rows, without a look at the loads, so that a step can be
+            a CUDA graph; T must be the same on all ranks. Choices that find no room are dropped, which `check_overflow`
+            turns into an error.
+        capacity_factor: 1 is enough for perfect balance.
+        max_load: rows that a rank's experts hold at a time, in units of the mean load of a rank. What exceeds it is
+            done in rounds, each recomputed in backward, so that any routing trains in memory that depends on the number
+            of tokens only. None: everything in one round.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        mode: Literal["exact", "static"] = "exact",
+        capacity_factor: float = 2.0,
+        max_load: float | None = None,
+    ):
+        self.process_group = process_group
+        self.rank, self.world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.mode, self.capacity_factor, self.max_load = mode, capacity_factor, max_load
+        self.bounded = max_load is not None and max_load < self.world_size
+        self.overflow: Tensor | None = None
+
+    def run(self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
+        """combine(experts(dispatch(x))), in as many rounds as it takes to keep to `max_load`."""
+        if not self.bounded:
+            return self._round(experts, x_TD, topk_idx_TK, weights_TK, num_experts)
+        if self.mode == "static":
+            rounds = math.ceil(self.capacity_factor / self.max_load)
+            sizes = [len(part) for part in topk_idx_TK.tensor_split(rounds)]
+        else:
+            plan = self._plan(topk_idx_TK, num_experts)
+            max_rows = math.ceil(self.max_load * int(plan.rows_WW.sum()) / self.world_size)
+            if int(plan.rows_WW.sum(0).max()) <= max_rows:
+                tokens = self._send(x_TD, plan)
+                return self.combine(experts(tokens), tokens, weights_TK)
+            sizes = cut_into_rounds(topk_idx_TK, plan.rows_WW, max_rows, num_experts, self.process_group)
+        parts = zip(x_TD.split(sizes), topk_idx_TK.split(sizes), weights_TK.split(sizes), strict=True)
+        keep = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(self._round, experts, *part, num_experts, **keep) for part in parts])
+
+    def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int):
+        """In one round."""
+        return self._send(x_TD, self._plan(topk_idx_TK, num_experts))
+
+    def combine(self, y_RD: Tensor, dispatched: Any, weights_TK: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _plan(self, topk_idx_TK: Tensor, num_experts: int):
+        """What `_send` needs. When `bounded`, with `rows_WW`: on the host, rows from each rank for each rank."""
+        raise NotImplementedError
+
+    def _send(self, x_TD: Tensor, plan: Any):
+        raise NotImplementedError
+
+    def _round(self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int):
+        tokens = self.dispatch(x_TD, topk_idx_TK, num_experts)
+        return self.combine(experts(tokens), tokens, weights_TK)
+
+    def _capacity(self, topk_idx_TK: Tensor) -> int:
+        return math.ceil(self.capacity_factor * topk_idx_TK.numel())
+
+    def _note_missing(self, rows: Tensor) -> None:
+        """`rows` (int64 scalar) more than there was room for; stays on the device."""
+        if self.overflow is None:
+            self.overflow = torch.zeros((), dtype=torch.int64, device=rows.device)
+        self.overflow.copy_(torch.maximum(self.overflow, rows))
+
+
+class FusedPlan(NamedTuple):
+    route: ops.EpRoute
+    rows_WW: Tensor | None
 
 
 class FusedRows(NamedTuple):
@@ -22,68 +110,120 @@ class FusedRows(NamedTuple):
     maps: None = None
 
 
-class FusedDispatcher:
-    """Ranks of one machine write rows straight into each other's memory. Made collectively over `process_group`."""
+class FusedDispatcher(Dispatcher):
+    """Ranks of one machine write rows straight into each other's memory.
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None, timeout_s: float = 300.0):
-        world_size = dist.get_world_size(process_group)
+    `timeout_s` is how long a rank is waited for. Other arguments as for `Dispatcher`.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None, *, timeout_s: float = 300.0, **bounds: Any):
+        super().__init__(process_group, **bounds)
 
         def all_gather(mine: bytes) -> list[bytes]:
-            gathered: list[bytes] = [b""] * world_size
+            gathered: list[bytes] = [b""] * self.world_size
             dist.all_gather_object(gathered, mine, group=process_group)
             return gathered
 
-        self.group = ops.EpGroup(dist.get_rank(process_group), world_size, all_gather, timeout_s)
-
-    def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> FusedRows:
-        route = ops.ep_prepare(topk_idx_TK, num_experts, self.group)
-        return FusedRows(ops.ep_dispatch(x_TD, route, self.group), route.offsets, route, self.group)
+        self.group = ops.EpGroup(self.rank, self.world_size, all_gather, timeout_s)
 
     def combine(self, y_RD: Tensor, dispatched: FusedRows, weights_TK: Tensor) -> Tensor:
         return ops.ep_combine(y_RD, dispatched.route, self.group, weights_TK)
 
+    def _plan(self, topk_idx_TK: Tensor, num_experts: int) -> FusedPlan:
+        if self.mode == "static":
+            route = ops.ep_prepare(topk_idx_TK, num_experts, self.group, self._capacity(topk_idx_TK))
+            rows = route.counts.view(self.world_size, self.world_size, -1)[:, self.rank].sum()
+            self._note_missing(rows - route.capacity)
+            return FusedPlan(route, None)
+        route = ops.ep_prepare(topk_idx_TK, num_experts, self.group)
+        if not self.bounded:
+            return FusedPlan(route, None)  # the dispatch reads how many rows it needs
+        rows_WW = _rows_between_ranks(route.counts)
+        return FusedPlan(route._replace(capacity=int(rows_WW[:, self.rank].sum())), rows_WW)
 
-class AllToAllRows(NamedTuple):
-    """send and receive are rows per rank; the first map groups this rank's tokens by expert of any rank, the second
-    the rows that came here by expert of this rank."""
+    def _send(self, x_TD: Tensor, plan: FusedPlan) -> FusedRows:
+        return FusedRows(ops.ep_dispatch(x_TD, plan.route, self.group), plan.route.offsets, plan.route, self.group)
 
-    x: Tensor
-    offsets: Tensor
+
+class AllToAllPlan(NamedTuple):
+    """Rows to send to and to receive from each rank; the first map groups this rank's tokens by expert of any rank, the
+    second the rows that come here by expert of this rank."""
+
     send: list[int]
     receive: list[int]
     token_map: tuple[Tensor, Tensor]
     row_map: tuple[Tensor, Tensor]
+    offsets: Tensor
+    rows_WW: Tensor | None
+
+
+class AllToAllRows(NamedTuple):
+    x: Tensor
+    offsets: Tensor
+    plan: AllToAllPlan
     maps: None = None
     group: None = None
 
 
-class AllToAllDispatcher:
-    """Permute, torch's all-to-all with uneven splits, permute. Works wherever the process group does."""
+class AllToAllDispatcher(Dispatcher):
+    """Permute, torch's all-to-all, permute. Works wherever the process group does.
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None):
-        self.group, self.world_size = process_group, dist.get_world_size(process_group)
-
-    def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> AllToAllRows:
-        counts_E, _, row_of, src = ops.route_map(topk_idx_TK, num_experts)
-        arriving_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(arriving_E, counts_E, group=self.group)
-        send = counts_E.view(self.world_size, -1).sum(1).tolist()
-        receive = arriving_E.view(self.world_size, -1).sum(1).tolist()
-        token_map = (row_of, src[: sum(send)])
-        rows = self._exchange(ops.permute(x_TD, *token_map), send, receive)
-        experts_here = num_experts // self.world_size
-        expert_R = torch.arange(experts_here, device=x_TD.device).repeat(self.world_size)
-        expert_R = expert_R.repeat_interleave(arriving_E, output_size=sum(receive))
-        _, offsets, *row_map = ops.route_map(expert_R[:, None], experts_here)
-        return AllToAllRows(ops.permute(rows, *row_map), offsets, send, receive, token_map, tuple(row_map))
+    In static mode each rank has room for R/W rows from each other. Arguments as for `Dispatcher`.
+    """
 
     def combine(self, y_RD: Tensor, dispatched: AllToAllRows, weights_TK: Tensor) -> Tensor:
-        rows = ops.unpermute(y_RD, *dispatched.row_map)
-        rows = self._exchange(rows, dispatched.receive, dispatched.send)
-        return ops.unpermute(rows, *dispatched.token_map, weights_TK)
+        plan = dispatched.plan
+        rows = self._exchange(ops.unpermute(y_RD, *plan.row_map), plan.receive, plan.send)
+        return ops.unpermute(rows, *plan.token_map, weights_TK)
+
+    def _send(self, x_TD: Tensor, plan: AllToAllPlan) -> AllToAllRows:
+        rows = self._exchange(ops.permute(x_TD, *plan.token_map), plan.send, plan.receive)
+        return AllToAllRows(ops.permute(rows, *plan.row_map), plan.offsets, plan)
 
     def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return _AllToAll.apply(rows, send, receive, self.group)
+        return _AllToAll.apply(rows, send, receive, self.process_group)
+
+    def _plan(self, topk_idx_TK: Tensor, num_experts: int) -> AllToAllPlan:
+        counts_E, first_E1, row_of, src = ops.route_map(topk_idx_TK, num_experts)
+        counts_WE = counts_E.new_empty(self.world_size, num_experts)
+        dist.all_gather(list(counts_WE), counts_E, group=self.process_group)
+        arriving = counts_WE.view(self.world_size, self.world_size, -1)[:, self.rank]  # [W, E/W]
+        if self.mode == "static":
+            chunk = math.ceil(self._capacity(topk_idx_TK) / self.world_size)
+            first_W = first_E1[: -1 : num_experts // self.world_size]
+            token_map = _into_chunks(topk_idx_TK, row_of, first_W, num_experts, chunk)
+            self._note_missing(arriving.sum(1).max() - chunk)
+            send = receive = [chunk] * self.world_size
+            rows_WW, place = None, torch.arange(chunk, device=src.device).expand(self.world_size, -1).contiguous()
+            expert_R = torch.searchsorted(arriving.cumsum(1), place, right=True)
+            expert_R = torch.where(expert_R < arriving.shape[1], expert_R, -1).flatten()
+        else:
+            rows_WW = _rows_between_ranks(counts_WE)
+            send, receive = rows_WW[self.rank].tolist(), rows_WW[:, self.rank].tolist()
+            token_map = (row_of, src[: sum(send)])
+            experts = torch.arange(arriving.shape[1], device=src.device).repeat(self.world_size)
+            expert_R = experts.repeat_interleave(arriving.flatten(), output_size=sum(receive))
+        _, offsets, *row_map = ops.route_map(expert_R[:, None], arriving.shape[1])
+        return AllToAllPlan(send, receive, token_map, tuple(row_map), offsets, rows_WW)
+
+
+def _rows_between_ranks(counts_WE: Tensor) -> Tensor:
+    """[W, W] on the host: the choices that each rank has for the experts of each rank."""
+    world = counts_WE.shape[0]
+    return counts_WE.view(world, world, -1).sum(-1).cpu()
+
+
+def _into_chunks(topk_idx_TK: Tensor, row_of: Tensor, first_W: Tensor, num_experts: int, chunk: int):
+    """Maps to a buffer with `chunk` rows for each rank, whose rows begin at first_W in row_of, and drop the rest."""
+    world = first_W.numel()
+    rank_TK = (topk_idx_TK.clamp_min(0) * world // num_experts).long()
+    place = row_of - first_W[rank_TK]
+    fits = (row_of >= 0) & (place < chunk)
+    row_of = torch.where(fits, rank_TK * chunk + place, -1).int()
+    src = row_of.new_full((world * chunk + 1,), -1)  # the last takes what is dropped
+    flat = torch.arange(row_of.numel(), dtype=torch.int32, device=row_of.device)
+    src[torch.where(fits, row_of, world * chunk).flatten().long()] = flat
+    return row_of, src[:-1].contiguous()
 
 
 class _AllToAll(torch.autograd.Function):
@@ -97,3 +237,24 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return _AllToAll.apply(grad.contiguous(), *ctx.back), None, None, None
+
+
+def check_overflow(model: nn.Module, world: World) -> None:
+    """After backward, before the optimizer: whether all rows of this step found room. Collective in static mode.
+
+    Raises:
+        OpError: on every rank, when choices were dropped on any.
+    """
+    dispatchers = {layer.moe.dispatcher for layer in model.layers if layer.is_moe}
+    notes = [d.overflow for d in dispatchers if isinstance(d, Dispatcher) and d.overflow is not None]
+    if not notes:
+        return
+    missing = torch.stack(notes).sum().clamp_min(0)
+    for note in notes:
+        note.zero_()
+    missing = int(world.all_reduce_sum(missing))
+    if missing:
+        raise ops.OpError(
+            f"static dispatch: {missing} rows of experts found no room in this step; raise parallel.capacity_factor or "
+            "set parallel.dispatch_mode=exact"
+        )

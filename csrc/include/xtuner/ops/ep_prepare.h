@@ -16,7 +16,7 @@ struct EpRoute {
 
 // One exchange of all ranks, in which they tell each other how many rows each expert gets from whom.
 //   topk_idx  i32 | i64 [T, K]   expert of each choice in [0, E), or -1: dropped. T may differ between ranks
-//   capacity  rows R of every rank: choices whose row would be R or more are dropped; < 0: there is no bound
+//   capacity  rows R of this rank, from which on choices are dropped; < 0: there is no bound. May differ between ranks
 //   counts    out: before anything is dropped for want of room
 //   dest      out
 //   offsets   i64 [E/W + 1]      out: first row of each expert of this rank; offsets[E/W] <= R rows are used
