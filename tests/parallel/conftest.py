@@ -4,12 +4,18 @@ import pytest
 
 from tests.parallel.pool import RankPool
 
+RANK_MODULES = [f"tests.parallel.{name}_rank" for name in ("ep", "layout", "memory", "moe", "train")]
+
 
 @pytest.fixture(scope="session")
-def ranks():
-    """Four rank processes, forked from one that has imported everything and started no thread."""
-    modules = ("ep_rank", "layout_rank", "moe_rank", "train_rank")
-    multiprocessing.set_forkserver_preload([f"tests.parallel.{module}" for module in modules])
+def imports_happen_once():
+    """Ranks are forked from a process that has imported everything and started no thread."""
+    multiprocessing.set_forkserver_preload(RANK_MODULES)
+
+
+@pytest.fixture(scope="session")
+def ranks(imports_happen_once):
+    """Four rank processes."""
     pool = RankPool(4)
     yield pool
     pool.close()

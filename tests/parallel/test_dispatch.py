@@ -1,6 +1,5 @@
 """Expert parallelism: the dispatchers against the local one, between real processes."""
 
-import multiprocessing
 import os
 
 import pytest
@@ -13,12 +12,7 @@ from xtuner.config import MoEConfig
 from xtuner.nn.moe import MoE
 from xtuner.parallel import AllToAllDispatcher, FusedDispatcher
 
-
-@pytest.fixture(scope="module", autouse=True)
-def imports_happen_once():
-    """Ranks are forked from a process that has imported everything and started no thread."""
-    multiprocessing.set_forkserver_preload([ep_rank.__name__])
-
+pytestmark = pytest.mark.usefixtures("imports_happen_once")
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_same_bits_as_the_local_dispatcher(world_size, tmp_path):

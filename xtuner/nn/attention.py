@@ -17,11 +17,11 @@ class SequenceExchange(Protocol):
     """Between a slice of the tokens with all heads and all tokens with some of the heads. Sequence parallelism is an
     implementation of this. T tokens, t of this rank's slice; H heads, h of this rank."""
 
-    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[t, H, D] each to [T, h, D]."""
+    def to_heads(self, x_tHD: Tensor, total_tokens: int) -> Tensor:
+        """[t, H, D] to [T, h, D]."""
         ...
 
-    def to_tokens(self, out: Tensor) -> Tensor:
+    def to_tokens(self, out_ThD: Tensor) -> Tensor:
         """[T, h, D] to [t, H, D]."""
         ...
 
@@ -61,7 +61,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, cu_k, max_k = cache.append(self.layer, k, v, cu_seqlens)
         if self.exchange is not None:
-            q, k, v = self.exchange.to_heads(q, k, v, total_tokens)
+            q = self.exchange.to_heads(q, total_tokens)
+            k = self.exchange.to_heads(k, total_tokens)
+            v = self.exchange.to_heads(v, total_tokens)
         out = ops.attention(q, k, v, cu_seqlens, cu_k, max_seqlen, max_k)
         if self.exchange is not None:
             out = self.exchange.to_tokens(out)

@@ -21,33 +21,33 @@ def split_sequences(model: nn.Module, layout: Layout) -> None:
 
 
 class UlyssesExchange:
-    """One all-to-all before attention and one after it. Slices need not be equally long.
-
-    Where there are fewer key/value heads than ranks, each rank receives the one head that its query heads read.
-    """
+    """Slices need not be equally long. Queries, keys and values travel one after the other, so that no more than one
+    of them is held twice."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[t, Hq, D] and [t, Hkv, D] of this slice to [T, Hq/P, D] and [T, max(Hkv/P, 1), D] of all tokens."""
-        sizes, (tokens, _, width) = slice_sizes(total_tokens, self.size), q.shape
+    def to_heads(self, x_tHD: Tensor, total_tokens: int) -> Tensor:
+        """[t, H, D] of this slice to [T, max(H/P, 1), D] of all tokens.
+
+        Fewer heads than ranks are key/value heads: each rank receives the one that its query heads read.
+        """
+        sizes, (tokens, heads, width) = slice_sizes(total_tokens, self.size), x_tHD.shape
         if tokens != sizes[self.rank]:
             raise ValueError(f"slice {self.rank} of {total_tokens} tokens has {sizes[self.rank]}, got {tokens}")
-        copies = max(1, self.size // k.shape[1])
-        k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (k, v))
-        by_rank = [x.unflatten(1, (self.size, -1)) for x in (q, k, v)]
-        heads = [x.shape[2] for x in by_rank]
-        sent = torch.cat(by_rank, 2).transpose(0, 1).reshape(self.size * tokens, -1)
-        got = _AllToAll.apply(sent, [tokens] * self.size, sizes, self.group)
-        return got.view(total_tokens, sum(heads), width).split(heads, 1)
+        if heads < self.size:
+            x_tHD = x_tHD.repeat_interleave(self.size // heads, 1)
+        by_rank = x_tHD.unflatten(1, (self.size, -1)).transpose(0, 1).reshape(self.size * tokens, -1)
+        return self._exchange(by_rank, [tokens] * self.size, sizes).unflatten(1, (-1, width))
 
-    def to_tokens(self, out: Tensor) -> Tensor:
+    def to_tokens(self, out_ThD: Tensor) -> Tensor:
         """[T, H/P, D] of all tokens to [t, H, D] of this slice."""
-        sizes, (_, heads, width) = slice_sizes(out.shape[0], self.size), out.shape
-        tokens = sizes[self.rank]
-        got = _AllToAll.apply(out.flatten(1), sizes, [tokens] * self.size, self.group)
-        return got.view(self.size, tokens, heads, width).transpose(0, 1).flatten(1, 2)
+        sizes, (_, heads, width) = slice_sizes(out_ThD.shape[0], self.size), out_ThD.shape
+        by_rank = self._exchange(out_ThD.flatten(1), sizes, [sizes[self.rank]] * self.size)
+        return by_rank.view(self.size, sizes[self.rank], heads, width).transpose(0, 1).flatten(1, 2)
+
+    def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return _AllToAll.apply(rows, send, receive, self.group)
 
 
 class _AllToAll(torch.autograd.Function):
