@@ -44,6 +44,39 @@ def route_map(
 def route_map_workspace_size(topk_idx: Tensor, num_experts: int) -> int:
     """int32 values that route_map needs as workspace on the device of topk_idx; 0 on the CPU."""
 
+topk_softmax_block_tokens: int
+
+def topk_softmax(
+    logits: Tensor,
+    choice_bias: Tensor | None,
+    topk_idx: Tensor | None,
+    normalise: bool,
+    weights: Tensor,
+    idx: Tensor,
+    probs: Tensor,
+    logsumexp: Tensor,
+    counts: Tensor,
+    prob_sum: Tensor,
+    z_sum: Tensor,
+    entropy_sum: Tensor,
+    workspace: Tensor,
+    num_threads: int,
+) -> None:
+    """Routing from logits f32[T,E]: outputs are f32 but idx i64[T,K]; workspace f32 [ceil(T / block_tokens), 2E+2]."""
+
+def topk_softmax_bwd(
+    dweights: Tensor | None,
+    dprob_sum: Tensor | None,
+    dz_sum: Tensor | None,
+    probs: Tensor,
+    logsumexp: Tensor,
+    idx: Tensor,
+    normalise: bool,
+    dlogits: Tensor,
+    num_threads: int,
+) -> None:
+    """Gradient of topk_softmax into dlogits f32[T,E]."""
+
 def permute(x: Tensor, row_of: Tensor, src: Tensor, out: Tensor, num_threads: int) -> None:
     """out[row_of[t,k]] = x[t], zero where src[r] == -1; row_of and src are each other's inverse."""
 

@@ -5,12 +5,18 @@
 #include "xtuner/ops/quantize.h"
 #include "xtuner/ops/gemm_m_grouped.h"
 #include "xtuner/ops/swiglu.h"
+#include "xtuner/ops/topk_softmax.h"
 #include "xtuner/tensor.h"
 
 namespace xt::cpu {
 
 void route_map(const Tensor& topk_idx, int64_t align, const Tensor& counts, const Tensor& offsets,
                const Tensor& row_of, const Tensor& src, int num_threads);
+void topk_softmax(const Tensor& logits, const Tensor* choice_bias, const Tensor* topk_idx, bool normalise,
+                  const TopkSoftmaxOutputs& out, const Tensor& workspace, int num_threads);
+void topk_softmax_bwd(const Tensor* dweights, const Tensor* dprob_sum, const Tensor* dz_sum, const Tensor& probs,
+                      const Tensor& logsumexp, const Tensor& idx, bool normalise, const Tensor& dlogits,
+                      int num_threads);
 void permute(const Tensor& x, const Tensor& row_of, const Tensor& src, const Tensor& out, int num_threads);
 void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const Tensor& out, int num_threads);
 void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const Tensor& row_of, const Tensor* probs,

@@ -7,6 +7,7 @@
 #include "cpu/simd/rms_norm.h"
 #include "cpu/simd/rotary.h"
 #include "cpu/simd/swiglu.h"
+#include "cpu/simd/topk_softmax.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_avx2.h"
 
@@ -20,6 +21,8 @@ const Kernels kernels_avx2 = {
     rms_norm_bwd_rows<avx2::Vec>,
     rotary_tokens<avx2::Vec>,
     cross_entropy_rows<avx2::Vec>,
+    topk_softmax_tokens<avx2::Vec>,
+    topk_softmax_bwd_tokens<avx2::Vec>,
     unpermute_tokens<avx2::Vec>,
     unpermute_bwd_tokens<avx2::Vec>,
     quantize_rows<avx2::Vec>,

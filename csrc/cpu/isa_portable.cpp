@@ -7,6 +7,7 @@
 #include "cpu/simd/rms_norm.h"
 #include "cpu/simd/rotary.h"
 #include "cpu/simd/swiglu.h"
+#include "cpu/simd/topk_softmax.h"
 #include "cpu/simd/unpermute.h"
 #include "cpu/simd/vec_portable.h"
 
@@ -20,6 +21,8 @@ const Kernels kernels_portable = {
     rms_norm_bwd_rows<portable::Vec>,
     rotary_tokens<portable::Vec>,
     cross_entropy_rows<portable::Vec>,
+    topk_softmax_tokens<portable::Vec>,
+    topk_softmax_bwd_tokens<portable::Vec>,
     unpermute_tokens<portable::Vec>,
     unpermute_bwd_tokens<portable::Vec>,
     quantize_rows<portable::Vec>,

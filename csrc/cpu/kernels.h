@@ -49,6 +49,29 @@ struct CrossEntropyRows {
   bool gradient;
 };
 
+struct TopkSoftmaxTokens {
+  int64_t num_experts, num_experts_per_tok;  // E, K
+  bool normalise;
+  const float* logits;  // [T, E]
+  const float* choice_bias;  // [E] or null
+  const int64_t* given;  // [T, K] or null
+  float* weights;  // [T, K]
+  int64_t* idx;  // [T, K]
+  float* probs;  // [T, E]
+  float* logsumexp;  // [T]
+};
+
+struct TopkSoftmaxGradient {
+  int64_t num_experts, num_experts_per_tok;
+  bool normalise;
+  const float* dweights;  // [T, K] or null
+  const float* dprob_sum;  // [E] or null
+  float dz_sum;
+  const float *probs, *logsumexp;
+  const int64_t* idx;
+  float* dlogits;  // [T, E]
+};
+
 struct UnpermuteRows {
   DType dtype;
   int64_t hidden;  // H
@@ -131,6 +154,8 @@ struct Kernels {
   void (*rms_norm_bwd)(const RmsNormRows&, int64_t begin, int64_t end, float* dweight);  // dweight: of these rows
   void (*rotary)(const RotaryTokens&, int64_t begin, int64_t end);
   void (*cross_entropy)(const CrossEntropyRows&, int64_t begin, int64_t end);
+  void (*topk_softmax)(const TopkSoftmaxTokens&, int64_t begin, int64_t end, float* sums);  // sums: of these tokens
+  void (*topk_softmax_bwd)(const TopkSoftmaxGradient&, int64_t begin, int64_t end);
   void (*unpermute)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*unpermute_bwd)(const UnpermuteRows&, int64_t begin, int64_t end);
   void (*quantize_rows)(const QuantizeRows&, int64_t begin, int64_t end);

@@ -8,6 +8,7 @@
 #include "xtuner/ops/permute.h"
 #include "xtuner/ops/route_map.h"
 #include "xtuner/ops/swiglu.h"
+#include "xtuner/ops/topk_softmax.h"
 #include "xtuner/ops/unpermute.h"
 
 namespace xt::python {
@@ -26,6 +27,28 @@ void route_map(py::handle topk_idx, int64_t align, py::handle counts, py::handle
 int64_t route_map_workspace_size(py::handle topk_idx, int64_t num_experts) {
   const Arg i("route_map_workspace_size", "topk_idx", topk_idx);
   return xt::route_map_workspace_size((*i).numel(), num_experts, (*i).device.type);
+}
+
+void topk_softmax(py::handle logits, py::handle choice_bias, py::handle topk_idx, bool normalise, py::handle weights,
+                  py::handle idx, py::handle probs, py::handle logsumexp, py::handle counts, py::handle prob_sum,
+                  py::handle z_sum, py::handle entropy_sum, py::handle workspace, int num_threads) {
+  const char* op = "topk_softmax";
+  Arg l(op, "logits", logits), w(op, "weights", weights), i(op, "idx", idx), p(op, "probs", probs),
+      lse(op, "logsumexp", logsumexp), c(op, "counts", counts), ps(op, "prob_sum", prob_sum), z(op, "z_sum", z_sum),
+      e(op, "entropy_sum", entropy_sum), space(op, "workspace", workspace);
+  OptionalArg bias(op, "choice_bias", choice_bias), given(op, "topk_idx", topk_idx);
+  py::gil_scoped_release nogil;
+  xt::topk_softmax(*l, bias.get(), given.get(), normalise, {*w, *i, *p, *lse, *c, *ps, *z, *e}, *space,
+                   stream_of(l, num_threads));
+}
+
+void topk_softmax_bwd(py::handle dweights, py::handle dprob_sum, py::handle dz_sum, py::handle probs,
+                      py::handle logsumexp, py::handle idx, bool normalise, py::handle dlogits, int num_threads) {
+  const char* op = "topk_softmax_bwd";
+  OptionalArg dw(op, "dweights", dweights), dp(op, "dprob_sum", dprob_sum), dz(op, "dz_sum", dz_sum);
+  Arg p(op, "probs", probs), lse(op, "logsumexp", logsumexp), i(op, "idx", idx), d(op, "dlogits", dlogits);
+  py::gil_scoped_release nogil;
+  xt::topk_softmax_bwd(dw.get(), dp.get(), dz.get(), *p, *lse, *i, normalise, *d, stream_of(p, num_threads));
 }
 
 void permute(py::handle x, py::handle row_of, py::handle src, py::handle out, int num_threads) {
@@ -97,6 +120,12 @@ void bind_moe(py::module_& m) {
   m.def("route_map", &route_map, "topk_idx"_a, "align"_a, "counts"_a, "offsets"_a, "row_of"_a, "src"_a,
         "num_threads"_a, "workspace"_a = py::none());
   m.def("route_map_workspace_size", &route_map_workspace_size, "topk_idx"_a, "num_experts"_a);
+  m.attr("topk_softmax_block_tokens") = topk_softmax_block_tokens;
+  m.def("topk_softmax", &topk_softmax, "logits"_a, "choice_bias"_a, "topk_idx"_a, "normalise"_a, "weights"_a, "idx"_a,
+        "probs"_a, "logsumexp"_a, "counts"_a, "prob_sum"_a, "z_sum"_a, "entropy_sum"_a, "workspace"_a,
+        "num_threads"_a);
+  m.def("topk_softmax_bwd", &topk_softmax_bwd, "dweights"_a, "dprob_sum"_a, "dz_sum"_a, "probs"_a, "logsumexp"_a,
+        "idx"_a, "normalise"_a, "dlogits"_a, "num_threads"_a);
   m.def("permute", &permute, "x"_a, "row_of"_a, "src"_a, "out"_a, "num_threads"_a);
   m.def("unpermute", &unpermute, "y"_a, "row_of"_a, "probs"_a, "out"_a, "num_threads"_a);
   m.def("unpermute_bwd", &unpermute_bwd, "dout"_a, "y"_a, "src"_a, "row_of"_a, "probs"_a, "dy"_a, "dprobs"_a,

@@ -169,8 +169,11 @@ def samples():
     idx = routing(12, 2, 3)
     route = ops.ep_prepare(idx, 3, ALONE)
     ep_maps, ep_rows = (route.counts, route.dest), int(route.offsets[-1])
+    probs_TE, lse_T = randn(12, 5).softmax(-1), randn(12)
     return {
         "route_map": (routing(12, 2, 3), 3, 27, 1),
+        "topk_softmax": (grad(12, 5), torch.rand(5), None, 2, True),
+        "topk_softmax_bwd": (randn(12, 2), randn(5), torch.tensor(0.3), probs_TE, lse_T, idx % 5, True),
         "permute": (grad(12, 8), row_of, src),
         "unpermute": (grad(rows, 8), row_of, src, probs.clone().requires_grad_()),
         "ep_prepare": (idx, 3, ALONE.id, None),

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xtuner import ops
+
 
 class RouterStats(NamedTuple):
     """Sums over one layer's tokens, from which balance losses and metrics are made. E experts.
@@ -50,19 +52,6 @@ class Router(nn.Module):
         Given `topk_idx` the choice is replayed; the weights still come from the live logits, with gradient.
         """
         logits_TE = F.linear(x_TD.float(), self.weight.float())
-        logsumexp_T = logits_TE.logsumexp(-1)
-        probs_TE = (logits_TE - logsumexp_T[:, None]).exp()
-        if topk_idx is None:
-            scores_TE = probs_TE.detach()
-            if self.choice_bias is not None:
-                scores_TE = scores_TE + self.choice_bias
-            topk_idx = torch.topk(scores_TE, self.top_k, dim=-1).indices
-        topk_idx = topk_idx.long()
-        weights_TK = probs_TE.gather(1, topk_idx)
-        if self.normalise:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        with torch.no_grad():
-            counts_E = probs_TE.new_zeros(probs_TE.shape[1])
-            counts_E = counts_E.scatter_add(0, topk_idx.flatten(), torch.ones_like(weights_TK).flatten())
-            entropy = (logsumexp_T - (probs_TE * logits_TE).sum(-1)).sum()
-        return weights_TK, topk_idx, RouterStats(counts_E, probs_TE.sum(0), logsumexp_T.square().sum(), entropy)
+        bias = None if self.choice_bias is None else self.choice_bias.float()
+        weights_TK, idx_TK, *sums = ops.topk_softmax(logits_TE, self.top_k, self.normalise, bias, topk_idx)
+        return weights_TK, idx_TK, RouterStats(*sums)

@@ -18,6 +18,7 @@ from xtuner.ops.rms_norm import rms_norm
 from xtuner.ops.rotary import rotary
 from xtuner.ops.route_map import route_map
 from xtuner.ops.swiglu import swiglu
+from xtuner.ops.topk_softmax import topk_softmax
 from xtuner.ops.unpermute import unpermute
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "rotary",
     "route_map",
     "swiglu",
+    "topk_softmax",
     "unpermute",
     "watch_faults",
 ]

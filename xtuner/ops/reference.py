@@ -32,6 +32,21 @@ def route_map(topk_idx: Tensor, num_experts: int, capacity: int | None = None, a
     )
 
 
+def topk_softmax(logits: Tensor, num_experts_per_tok: int, normalise: bool, choice_bias=None, topk_idx=None):
+    """weights, idx, counts, prob_sum, z_sum, entropy_sum."""
+    probs = logits.softmax(-1)
+    if topk_idx is None:
+        scores = probs.detach() if choice_bias is None else probs.detach() + choice_bias
+        topk_idx = scores.sort(dim=-1, descending=True, stable=True).indices[:, :num_experts_per_tok]
+    topk_idx = topk_idx.long()
+    weights = probs.gather(1, topk_idx)
+    if normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    counts = F.one_hot(topk_idx.flatten(), logits.shape[1]).sum(0).to(logits.dtype)
+    entropy = -torch.xlogy(probs, probs).sum()
+    return weights, topk_idx, counts, probs.sum(0), logits.logsumexp(-1).square().sum(), entropy.detach()
+
+
 def permute(x: Tensor, row_of: Tensor, src: Tensor) -> Tensor:
     if not x.shape[0]:
         return torch.cat([x, x.new_zeros(src.shape[0], x.shape[1])])
