@@ -85,8 +85,8 @@ def test_balance_loss_per_layer_is_one_when_balanced():
     from xtuner.nn.router import RouterStats
 
     tokens, experts, k = 24.0, 4, 2
-    even = RouterStats(torch.full((4,), tokens * k / experts), torch.full((4,), tokens / experts), None, None)
-    skewed = RouterStats(torch.tensor([tokens, tokens, 0, 0]), torch.tensor([tokens, 0.0, 0, 0]), None, None)
+    even = RouterStats(torch.full((4,), tokens * k / experts), torch.full((4,), tokens / experts), None, None, None)
+    skewed = RouterStats(torch.tensor([tokens, tokens, 0, 0]), torch.tensor([tokens, 0.0, 0, 0]), None, None, None)
     total = torch.tensor(tokens)
     assert load_balancing_loss([even, even], total, "layer", k).item() == pytest.approx(1.0)
     assert load_balancing_loss([even, even], total, "hf", k).item() == pytest.approx(k)

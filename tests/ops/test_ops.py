@@ -202,6 +202,8 @@ def samples():
         "gemm_k_grouped_fp8": (*fp8[2:], *fp8[2:], offsets, torch.float32),
         "gemm_k_grouped_fp8_": (randn(3, 128, 128), *fp8[2:], *fp8[2:], offsets, 1.0),
         "dequantize": (randn(5, 128).to(torch.float8_e4m3fn), torch.rand(1, 8), torch.bfloat16),
+        "to_host": (randn(5, 8),),
+        "to_device": (randn(5, 8), torch.device("cpu")),
         "attention": (*qkv, *bounds),
         "attention_bwd": (randn(12, 2, 8), *(x.detach() for x in qkv), out, lse, *bounds),
     }

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from xtuner.config.base import ConfigBase
 from xtuner.config.data import DataConfig
+from xtuner.config.memory import MemoryConfig
 from xtuner.config.model import ModelConfig
 
 
@@ -113,6 +114,7 @@ class TrainConfig(ConfigBase):
     optim: OptimConfig = Field(OptimConfig(), description="AdamW")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="learning rate over the steps")
     parallel: ParallelConfig = Field(ParallelConfig(), description="sharding and precision")
+    memory: MemoryConfig = Field(MemoryConfig(), description="what is recomputed or kept on the host")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what is saved, and when")
     validation: ValidationConfig = Field(ValidationConfig(), description="held-out loss")
     log: LogConfig = Field(LogConfig(), description="metrics and samples")

@@ -53,8 +53,9 @@ class Block(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: KVCache | None,
-        topk_idx: Tensor | None,
         total_tokens: int | None,
+        *,
+        topk_idx: Tensor | None,
     ) -> tuple[Tensor, RouterStats | None]:
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rotary, cu_seqlens, max_seqlen, cache, total_tokens)
         if not self.is_moe:
@@ -104,7 +105,9 @@ class Decoder(nn.Module):
         stats: list[RouterStats] = []
         for layer in self.layers:
             topk_idx = routing[:, len(stats)] if routing is not None and layer.is_moe else None
-            x_TD, layer_stats = layer(x_TD, rotary, cu_seqlens, max_seqlen, cache, topk_idx, total_tokens)
+            x_TD, layer_stats = layer(
+                x_TD, rotary, cu_seqlens, max_seqlen, cache, total_tokens, topk_idx=topk_idx
+            )
             if layer_stats is not None:
                 stats.append(layer_stats)
         if cache is not None:

@@ -18,12 +18,14 @@ class RouterStats(NamedTuple):
     prob_sum    float32[E]  softmax probabilities, with gradient
     z_sum       float32[]   squared logsumexp of the logits, with gradient
     entropy_sum float32[]   entropy of the softmax, in nats
+    topk_idx    int32[T, K] the choices, to be replayed in recomputation
     """
 
     counts: Tensor
     prob_sum: Tensor
     z_sum: Tensor
     entropy_sum: Tensor
+    topk_idx: Tensor
 
 
 class Router(nn.Module):
@@ -54,4 +56,4 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         bias = None if self.choice_bias is None else self.choice_bias.float()
         weights_TK, idx_TK, *sums = ops.topk_softmax(logits_TE, self.top_k, self.normalise, bias, topk_idx)
-        return weights_TK, idx_TK, RouterStats(*sums)
+        return weights_TK, idx_TK, RouterStats(*sums, idx_TK.int())

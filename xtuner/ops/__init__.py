@@ -2,6 +2,7 @@
 
 from xtuner.ops._lib import OpError
 from xtuner.ops.attention import attention
+from xtuner.ops.chunked_loss import chunked_loss
 from xtuner.ops.ep import EpGroup, EpRoute
 from xtuner.ops.ep_combine import ep_combine
 from xtuner.ops.ep_dispatch import ep_dispatch, ep_dispatch_quantized
@@ -10,6 +11,7 @@ from xtuner.ops.faults import raise_faults, watch_faults
 from xtuner.ops.gemm_fp8 import gemm_k_grouped_fp8, gemm_k_grouped_fp8_, gemm_m_grouped_fp8
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped, gemm_m_grouped_swiglu
+from xtuner.ops.host import to_device, to_host
 from xtuner.ops.linear import linear
 from xtuner.ops.linear_cross_entropy import linear_cross_entropy
 from xtuner.ops.permute import permute
@@ -26,6 +28,7 @@ __all__ = [
     "EpRoute",
     "OpError",
     "attention",
+    "chunked_loss",
     "dequantize",
     "ep_combine",
     "ep_dispatch",
@@ -49,6 +52,8 @@ __all__ = [
     "rotary",
     "route_map",
     "swiglu",
+    "to_device",
+    "to_host",
     "topk_softmax",
     "unpermute",
     "watch_faults",

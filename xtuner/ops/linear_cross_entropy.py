@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,23 +49,49 @@ def _linear_cross_entropy(hidden, weight, labels, loss_weights, want_dhidden: bo
             f"linear_cross_entropy: hidden must be [T, D] and weight [V, D] of one dtype, got "
             f"{hidden.dtype} {list(hidden.shape)} and {weight.dtype} {list(weight.shape)}"
         )
-    _, dhidden, _ = _fake(hidden, weight, labels, loss_weights, want_dhidden, False)
-    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if want_dweight else None
     losses = torch.empty_like(loss_weights)
+    gradient = want_dhidden or want_dweight
+
+    def differentiate(logits: Tensor, part: slice) -> None:
+        losses_(logits, labels[part], loss_weights[part], gradient, losses[part])
+
+    gradients = by_parts(hidden, weight, differentiate, want_dhidden, want_dweight)
+    return losses.sum(), *gradients
+
+
+def by_parts(
+    hidden: Tensor,
+    weight: Tensor,
+    differentiate: Callable[[Tensor, slice], None],
+    want_dhidden: bool,
+    want_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of a loss on hidden @ weight^T, which exists a part of the tokens at a time; unwanted ones empty.
+
+    Args:
+        differentiate: given the logits of a part of the tokens, puts the loss's gradient in their place.
+    """
+    _, dhidden, _ = _fake(hidden, weight, None, None, want_dhidden, False)
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if want_dweight else None
     hidden, weight, num_tokens = hidden.contiguous(), weight.contiguous(), hidden.shape[0]
-    rows = max(_FEWEST_ROWS, _LOGITS_AT_A_TIME // max(1, weight.shape[0]))
+    rows = rows_at_a_time(weight.shape[0])
     for start in range(0, num_tokens, rows):
         part = slice(start, min(start + rows, num_tokens))
         logits = _product(hidden[part], weight, transposed=True)
-        _losses_(logits, labels[part], loss_weights[part], want_dhidden or want_dweight, losses[part])
+        differentiate(logits, part)
         if want_dhidden:
             dhidden[part] = _product(logits, weight, transposed=False)
         if want_dweight:
             _add_outer(dweight, logits, hidden[part])
-    return losses.sum(), dhidden, dweight.to(weight.dtype) if want_dweight else weight.new_empty(0)
+    return dhidden, dweight.to(weight.dtype) if want_dweight else weight.new_empty(0)
 
 
-def _losses_(logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool, losses: Tensor) -> None:
+def rows_at_a_time(vocab_size: int) -> int:
+    """Tokens whose logits are held together."""
+    return max(_FEWEST_ROWS, _LOGITS_AT_A_TIME // max(1, vocab_size))
+
+
+def losses_(logits: Tensor, labels: Tensor, weights: Tensor, gradient: bool, losses: Tensor) -> None:
     """Fill `losses`; with `gradient` the logits become the gradient of their sum."""
     if logits.device.type == "cpu":
         _C.cross_entropy(logits, labels, weights, gradient, losses, torch.get_num_threads())

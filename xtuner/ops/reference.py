@@ -205,3 +205,8 @@ def gemm_k_grouped_fp8(a, scale_a, b, scale_b, offsets, out_dtype=torch.float32)
     padded = torch.cat([offsets[:1], (blocks * 128).cumsum(0)])
     left, right = (dequantize(x, s, torch.float64).t() for x, s in ((a, scale_a), (b, scale_b)))
     return gemm_k_grouped(left, right, padded, out_dtype)
+
+
+def chunked_loss(hidden: Tensor, head_weight: Tensor, labels: Tensor, per_token_fn, extras) -> Tensor:
+    log_probs = (hidden @ head_weight.T).log_softmax(-1)
+    return per_token_fn(log_probs.gather(1, labels[:, None])[:, 0], extras).sum()
