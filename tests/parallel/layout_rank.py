@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from xtuner.checkpoint.hf import load_hf
-from xtuner.config import LossConfig, ModelConfig, ParallelConfig
+from xtuner.config import LossConfig, MemoryConfig, ModelConfig, ParallelConfig
 from xtuner.data import Loader
 from xtuner.data.dataset import Pack
 from xtuner.engine.train_step import train_step
 from xtuner.models import build_model, hf_map
-from xtuner.parallel import World, build_layout, init_world, parallelize, whole
+from xtuner.parallel import World, build_layout, init_world, materialize, parallelize, whole
 
 # Two key/value heads for up to four sequence-parallel ranks; one dense layer.
 ARCH = ModelConfig.parse({
@@ -89,9 +89,11 @@ def plain_step(loss: LossConfig):
     return one_step(make_model(), alone, 0, 1, lambda batch: batch, loss, 1)
 
 
-def step_in_layout(fields: dict[str, Any], loss: LossConfig, micro: int, weights: Path):
+def step_in_layout(
+    fields: dict[str, Any], loss: LossConfig, micro: int, weights: Path, memory: dict[str, Any] | None = None
+):
     """One step of the model in directory `weights`, laid out as `fields` of ParallelConfig say."""
-    world, model, layout = build(fields)
+    world, model, layout = build(fields, memory)
     try:
         load_hf(model, hf_map(ARCH), weights)
         *result, gradient = one_step(model, world, layout.data_rank, layout.data_size, layout.slice, loss, micro)
@@ -100,10 +102,11 @@ def step_in_layout(fields: dict[str, Any], loss: LossConfig, micro: int, weights
         dist.destroy_process_group()
 
 
-def build(fields: dict[str, Any]):
+def build(fields: dict[str, Any], memory: dict[str, Any] | None = None):
     world = init_world("cpu", num_threads=1)
     cfg = ParallelConfig(**fields)
     layout = build_layout(cfg, ARCH, world)
-    model = parallelize(build_model(ARCH, "meta"), layout, cfg, world)
-    model.to_empty(device="cpu")
+    memory = MemoryConfig(**memory or {})
+    model = parallelize(build_model(ARCH, "meta"), layout, cfg, world, memory)
+    materialize(model, world, memory)
     return world, model, layout

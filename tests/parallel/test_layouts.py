@@ -89,11 +89,11 @@ def difference(value, wanted):
     return np.linalg.norm(value - wanted) / (np.linalg.norm(wanted) or 1.0)
 
 
-def check(ranks, weights, expected, table, name, micro):
+def check(ranks, weights, expected, table, name, micro, memory=None):
     """All losses are on, except where micro-batches are more than one: then they are means of other sets of tokens."""
     num_ranks, fields = LAYOUTS[name]
     loss = ALL_LOSSES if micro == 1 else CROSS_ENTROPY_ALONE
-    results = ranks.run(layout_rank.step_in_layout, num_ranks, fields, loss, micro, weights)
+    results = ranks.run(layout_rank.step_in_layout, num_ranks, fields, loss, micro, weights, memory)
     (figures, counts_LE, gradient), (wanted, wanted_LE, wanted_gradient) = results[0], expected[micro == 1]
     assert all(r[0] == figures for r in results), "ranks report different figures"
     assert figures["num_tokens"] == wanted["num_tokens"] and np.array_equal(counts_LE, wanted_LE)
@@ -110,7 +110,8 @@ def check(ranks, weights, expected, table, name, micro):
         difference(figures[figure], wanted[figure])
         for figure in ("loss", "aux_loss", "z_loss", "grad_norm", "router_entropy")
     )
-    table.append((name, micro, loss_difference, max(others), worst[True], worst[False]))
+    row = name + (" + memory" if memory else "")
+    table.append((row, micro, loss_difference, max(others), worst[True], worst[False]))
     assert max(table[-1][2:]) < TOLERANCE, table[-1]
 
 
@@ -121,6 +122,25 @@ def test_same_loss_and_gradient(ranks, weights, expected, table, name):
 
 def test_gradient_accumulation(ranks, weights, expected, table):
     check(ranks, weights, expected, table, "EP 2, fused", micro=2)
+
+
+ALL_TECHNIQUES = {"checkpointing": "full", "offload_activations": True, "offload_parameters": True}
+MIXED_TECHNIQUES = {"checkpointing": "selective", "checkpointing_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        ("FSDP 2", ALL_TECHNIQUES),
+        ("EP 2, fused", ALL_TECHNIQUES),
+        ("EP 2 x FSDP 2, all_to_all", ALL_TECHNIQUES),
+        ("SP 2 x EP 2", ALL_TECHNIQUES),
+        ("EP 2, fused", MIXED_TECHNIQUES),
+        ("SP 2", MIXED_TECHNIQUES),
+    ],
+)
+def test_memory_techniques_change_nothing(ranks, weights, expected, table, name, memory):
+    check(ranks, weights, expected, table, name, 1, memory)
 
 
 @pytest.mark.long

@@ -25,8 +25,8 @@ from xtuner.engine.train_step import StepResult, train_step
 from xtuner.engine.validate import validation_loss
 from xtuner.errors import ConfigError, DataError
 from xtuner.models import SIZES, build_model, config_from_hf, hf_map
-from xtuner.optim import build_adamw, learning_rate
-from xtuner.parallel import Layout, World, build_layout, init_world, parallelize
+from xtuner.optim import build_adamw, keep_state_on_host, learning_rate
+from xtuner.parallel import Layout, World, build_layout, init_world, materialize, parallelize
 
 Prepare = Callable[[TrainConfig], TrainConfig]
 
@@ -162,12 +162,15 @@ def _build(cfg: TrainConfig, world: World) -> Run:
         shuffle=cfg.data.shuffle,
     )
     # Built without memory, laid out, and only then filled: no rank ever holds the whole model.
-    model = parallelize(build_model(arch, device="meta"), layout, cfg.parallel, world)
-    model.to_empty(device=world.device)
+    model = parallelize(build_model(arch, device="meta"), layout, cfg.parallel, world, cfg.memory)
+    materialize(model, world, cfg.memory)
     model.init_weights(cfg.seed)
     if source is not None:
         load_hf(model, hf_map(arch), source)
-    return Run(cfg, world, layout, arch, model, build_adamw(model, cfg.optim), loader, validation)
+    optimizer = build_adamw(model, cfg.optim)
+    if cfg.memory.offload_optimizer:
+        keep_state_on_host(optimizer)
+    return Run(cfg, world, layout, arch, model, optimizer, loader, validation)
 
 
 def _resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:

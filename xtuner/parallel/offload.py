@@ -20,10 +20,10 @@ class HostStash:
 
     def keep(self, x: Tensor) -> AbstractContextManager:
         """While it is open, what autograd saves of `x` itself goes to the host."""
-        storage = x.untyped_storage()._cdata
+        storage, shape = x.untyped_storage()._cdata, x.shape
 
         def pack(saved: Tensor) -> Tensor | _Kept:
-            same = saved.untyped_storage()._cdata == storage and saved.shape == x.shape
+            same = saved.untyped_storage()._cdata == storage and saved.shape == shape
             return self._put(saved) if same else saved
 
         return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)

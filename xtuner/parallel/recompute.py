@@ -59,7 +59,7 @@ def _recomputed(
 
 
 def _keep_costly() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """Contexts of the forward pass, which keeps what `_COSTLY` operators return, and of recomputation, which takes it."""
+    """Contexts of the forward pass, which keeps what `_COSTLY` operators return, and of recomputation, which takes."""
     kept: list[tuple[Tensor, ...]] = []
     return _Keep(kept), _Take(kept)
 
