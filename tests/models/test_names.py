@@ -76,7 +76,7 @@ def test_old_and_new_field_names():
             "partial_rotary_factor=0.25: supported is 1.0",
         ),
         ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "required, but not given: factor"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn: supported are default, linear, llama3"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type=longrope: supported are default, linear, yarn"),
     ],
 )
 def test_what_we_do_not_compute_is_refused(change, message):

@@ -59,9 +59,9 @@ def test_an_expert_without_tokens_was_among_them():
     assert all((s.counts == 0).any() and s.counts.sum() == 40 for s in stats)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "llama", "deepseek_v3"])
 def test_packed_documents_equal_documents_one_by_one(family):
-    model = make_ours(make_hf(family, "6 experts top-2" if family == "qwen3_moe" else "gqa2"))
+    model = make_ours(make_hf(family, {"qwen3_moe": "6 experts top-2", "deepseek_v3": "grouped"}.get(family, "gqa2")))
     lengths = (13, 1, 22, 4)
     ids, *packing = packed(*lengths)
     labels, weights = torch.roll(ids, -1), torch.rand(40, generator=torch.Generator().manual_seed(4))

@@ -203,8 +203,9 @@ class _Export:
 
 
 def _parameters(module: nn.Module, name_map: NameMap) -> dict[str, Tensor]:
-    """The module's parameters, each covered by its parts without gap or overlap."""
+    """The module's parameters, and buffers the map names, each covered by its parts without gap or overlap."""
     params = dict(module.named_parameters())
+    params |= {name: buffer for name, buffer in module.named_buffers() if name in name_map}
     if set(params) != set(name_map):
         raise CheckpointError(
             f"the name map does not describe this model: unknown to it {_some(set(params) - set(name_map))}, "

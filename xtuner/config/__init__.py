@@ -4,7 +4,7 @@ from xtuner.config.base import ConfigBase
 from xtuner.config.data import DataConfig
 from xtuner.config.load import LoadedConfig, describe_fields, load_config, recipe_names, save_config
 from xtuner.config.memory import MemoryConfig
-from xtuner.config.model import ModelConfig, MoEConfig, RopeConfig
+from xtuner.config.model import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from xtuner.config.train import (
     CheckpointConfig,
     LogConfig,
@@ -24,6 +24,7 @@ __all__ = [
     "LoadedConfig",
     "LogConfig",
     "LossConfig",
+    "MLAConfig",
     "MemoryConfig",
     "MoEConfig",
     "ModelConfig",

@@ -10,12 +10,12 @@ import torch
 
 from xtuner.config import ModelConfig
 from xtuner.errors import CheckpointError, ConfigError
-from xtuner.models import llama, qwen3, qwen3_moe
+from xtuner.models import deepseek_v3, llama, qwen3, qwen3_moe
 from xtuner.models.decoder import Decoder, ModelOutput
 from xtuner.models.flops import flops_per_token
 from xtuner.models.hf_map import NameMap, Part
 
-_FAMILIES = {"llama": llama, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
+_FAMILIES = {"llama": llama, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3}
 
 SIZES: dict[str, ModelConfig] = {name: cfg for family in _FAMILIES.values() for name, cfg in family.SIZES.items()}
 

@@ -12,6 +12,7 @@ from xtuner.models.init import init_weights
 from xtuner.nn.attention import Attention
 from xtuner.nn.kv_cache import KVCache
 from xtuner.nn.linear import Linear
+from xtuner.nn.mla import LatentAttention
 from xtuner.nn.mlp import MLP
 from xtuner.nn.moe import MoE
 from xtuner.nn.norm import RMSNorm
@@ -38,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.attn = Attention(cfg, layer)
+        self.attn = Attention(cfg, layer) if cfg.mla is None else LatentAttention(cfg, layer)
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.is_moe = cfg.moe is not None and layer not in cfg.dense_layers
         if self.is_moe:

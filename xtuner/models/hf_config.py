@@ -17,8 +17,13 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+
+
+# What it may say besides; null and 0 both mean the default.
+_ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
 
 
 def read_decoder(hf: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +50,8 @@ def write_decoder(cfg: ModelConfig) -> dict[str, Any]:
     hf = {name: getattr(cfg, name) for name in names}
     rope = {"rope_theta": cfg.rope.theta, "rope_type": cfg.rope.type}
     rope |= {name: getattr(cfg.rope, name) for name in _ROPE_FIELDS[cfg.rope.type]}
+    options = {name: getattr(cfg.rope, name) for name in _ROPE_OPTIONS.get(cfg.rope.type, ())}
+    rope |= {name: value for name, value in options.items() if value}
     # rope_theta and rope_scaling are what readers from before rope_parameters look for.
     old = {"rope_theta": cfg.rope.theta, "rope_scaling": None if cfg.rope.type == "default" else rope}
     return hf | old | {"hidden_act": "silu", "rope_parameters": rope, "use_cache": True, "attention_dropout": 0.0}
@@ -56,9 +63,13 @@ def _read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     if kind not in _ROPE_FIELDS:
         raise ConfigError(f"config.json: rope_type={kind}: supported are {', '.join(_ROPE_FIELDS)}")
     _refuse_other_than(given, "partial_rotary_factor", 1.0)
+    if kind == "yarn":
+        _refuse_other_than(given, "attention_factor", None)
+        _refuse_other_than(given, "truncate", True)
     require(given, *_ROPE_FIELDS[kind])
     theta = given.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    return {"theta": theta, "type": kind, **{name: given[name] for name in _ROPE_FIELDS[kind]}}
+    options = {name: given[name] for name in _ROPE_OPTIONS.get(kind, ()) if given.get(name)}
+    return {"theta": theta, "type": kind, **{name: given[name] for name in _ROPE_FIELDS[kind]}, **options}
 
 
 def _refuse_unsupported(hf: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Every one of our parameters is some checkpoint tensors stacked along dim 0, so t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from xtuner.config import ModelConfig
@@ -31,12 +32,13 @@ def stack(*tensors: tuple[str, int]) -> list[Part]:
     return parts
 
 
-def decoder_map(cfg: ModelConfig) -> NameMap:
-    """The map shared by the Llama and Qwen3 families."""
+def decoder_map(cfg: ModelConfig, attention: Callable[[ModelConfig, str, str], NameMap] | None = None) -> NameMap:
+    """The map of all families; `attention` maps one layer's, None: grouped-query attention's."""
+    attention = attention or _attention
     names: NameMap = {"embed.weight": stack(("model.embed_tokens.weight", cfg.vocab_size))}
     for layer in range(cfg.num_hidden_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        names |= _attention(cfg, f"{ours}.attn", f"{theirs}.self_attn")
+        names |= attention(cfg, f"{ours}.attn", f"{theirs}.self_attn")
         names[f"{ours}.attn_norm.weight"] = stack((f"{theirs}.input_layernorm.weight", cfg.hidden_size))
         names[f"{ours}.mlp_norm.weight"] = stack((f"{theirs}.post_attention_layernorm.weight", cfg.hidden_size))
         if cfg.moe is None or layer in cfg.dense_layers:
@@ -74,8 +76,17 @@ def _moe(cfg: ModelConfig, ours: str, theirs: str) -> NameMap:
     experts = [f"{theirs}.experts.{e}" for e in range(cfg.moe.num_experts)]
     rows = cfg.moe.moe_intermediate_size
     gates_and_ups = [(f"{e}.{kind}_proj.weight", rows) for e in experts for kind in ("gate", "up")]
-    return {
+    names = {
         f"{ours}.gate.weight": stack((f"{theirs}.gate.weight", cfg.moe.num_experts)),
         f"{ours}.w13": stack(*gates_and_ups),
         f"{ours}.w2": stack(*((f"{e}.down_proj.weight", cfg.hidden_size) for e in experts)),
     }
+    if cfg.moe.scoring == "sigmoid":
+        bias = stack((f"{theirs}.gate.e_score_correction_bias", cfg.moe.num_experts))
+        names[f"{ours}.gate.choice_bias"] = bias
+    if cfg.moe.num_shared_experts:
+        shared = cfg.moe.num_shared_experts * rows
+        parts = [(f"{theirs}.shared_experts.{kind}_proj.weight", shared) for kind in ("gate", "up")]
+        names[f"{ours}.shared.w13"] = stack(*parts)
+        names[f"{ours}.shared.w2"] = stack((f"{theirs}.shared_experts.down_proj.weight", cfg.hidden_size))
+    return names

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from xtuner import ops
 from xtuner.config import MoEConfig
+from xtuner.nn.grouped_router import GroupedRouter
+from xtuner.nn.mlp import MLP
 from xtuner.nn.router import Router, RouterStats
 
 
@@ -69,7 +71,7 @@ class LocalDispatcher:
 
 
 class MoE(nn.Module):
-    """A dropless top-k mixture of SwiGLU experts.
+    """A dropless top-k mixture of SwiGLU experts, beside shared experts that every token visits where there are any.
 
     Parameters are 2-D so that FSDP2 shards them evenly at any world size: w13 [E*2*I, D] (per expert gate rows, then
     up rows) and w2 [E*D, I].
@@ -78,17 +80,23 @@ class MoE(nn.Module):
     def __init__(self, hidden_size: int, cfg: MoEConfig):
         super().__init__()
         self.num_experts = cfg.num_experts
-        self.gate = Router(
-            hidden_size, cfg.num_experts, cfg.num_experts_per_tok, cfg.norm_topk_prob, cfg.choice_bias
-        )
+        if cfg.scoring == "sigmoid":
+            self.gate = GroupedRouter(hidden_size, cfg)
+        else:
+            self.gate = Router(
+                hidden_size, cfg.num_experts, cfg.num_experts_per_tok, cfg.norm_topk_prob, cfg.choice_bias
+            )
         self.w13 = nn.Parameter(torch.empty(cfg.num_experts * 2 * cfg.moe_intermediate_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(cfg.num_experts * hidden_size, cfg.moe_intermediate_size))
+        shared = cfg.num_shared_experts * cfg.moe_intermediate_size
+        self.shared = MLP(hidden_size, shared) if shared else None
         self.dispatcher: TokenDispatcher = LocalDispatcher()
         self.to_local: Callable[[Tensor], Tensor] = lambda weight: weight  # the rows of the experts on this rank
 
     def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
-        return self.dispatcher.run(self.experts, x_TD, idx_TK, weights_TK, self.num_experts), stats
+        out_TD = self.dispatcher.run(self.experts, x_TD, idx_TK, weights_TK, self.num_experts)
+        return out_TD if self.shared is None else out_TD + self.shared(x_TD), stats
 
     def experts(self, tokens: Dispatched) -> Tensor:
         """The results [R, D] of this rank's experts on the rows they were given."""
