@@ -252,6 +252,10 @@ class SharedMemory:
     def allocated(self) -> int:
         """Bytes of live pieces, and of dead ones that other ranks may still be reading."""
 
+    @property
+    def reached(self) -> int:
+        """Bytes that pieces have ever been taken from: what the share has cost the machine."""
+
     def owns(self, tensor: Tensor) -> bool:
         """Whether the other ranks reach this tensor where it is."""
 

@@ -20,6 +20,7 @@ int64_t SharedHeap::take(int64_t bytes, uint32_t exchange) {
   free_.erase(best);
   if (size > bytes) free_[begin + bytes] = size - bytes;
   taken_[begin] = bytes;
+  reached_ = std::max(reached_, begin + bytes);
   return begin;
 }
 
@@ -33,6 +34,11 @@ int64_t SharedHeap::in_use() const {
   int64_t bytes = 0;
   for (const auto& piece : taken_) bytes += piece.second;
   return bytes;
+}
+
+int64_t SharedHeap::reached() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return reached_;
 }
 
 // Back to the free ones, joined with its free neighbours.

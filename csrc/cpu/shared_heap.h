@@ -20,6 +20,7 @@ class SharedHeap {
   int64_t take(int64_t bytes, uint32_t exchange);
   void give_back(int64_t begin, uint32_t exchange);
   int64_t in_use() const;
+  int64_t reached() const;  // the highest end of any piece so far: what may have been taken from the machine
 
  private:
   struct Resting {
@@ -31,6 +32,7 @@ class SharedHeap {
   mutable std::mutex mutex_;
   std::map<int64_t, int64_t> free_, taken_;  // begin -> bytes; taken ones include those that rest
   std::deque<Resting> resting_;
+  int64_t reached_ = 0;
   bool alone_;  // there is nobody to wait for
 };
 

@@ -166,5 +166,6 @@ void SharedMemory::free(void* at) {
 }
 
 int64_t SharedMemory::allocated() const { return heap_->in_use(); }
+int64_t SharedMemory::reached() const { return heap_->reached(); }
 
 }  // namespace xt

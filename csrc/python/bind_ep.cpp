@@ -84,6 +84,7 @@ void bind_ep(py::module_& m) {
   py::class_<SharedMemory, std::shared_ptr<SharedMemory>>(m, "SharedMemory")
       .def(py::init(&make_memory), "rank"_a, "world"_a, "data_bytes"_a, "timeout_s"_a, "all_gather"_a)
       .def_property_readonly("allocated", &SharedMemory::allocated)
+      .def_property_readonly("reached", &SharedMemory::reached)
       .def("owns", &owns, "tensor"_a);
   py::class_<Piece>(m, "SharedPiece", py::buffer_protocol())
       .def(py::init<std::shared_ptr<SharedMemory>, int64_t>(), "memory"_a, "num_bytes"_a)

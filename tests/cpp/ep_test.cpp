@@ -234,6 +234,7 @@ TEST(SharedHeap, PiecesRestUntilNobodyReadsThem) {
   EXPECT_EQ(heap.take(2 * page, 2), -1);
   EXPECT_EQ(heap.take(2 * page, 3), 0);
   EXPECT_EQ(heap.in_use(), 6 * page);
+  EXPECT_EQ(heap.reached(), 7 * page);
   heap.give_back(3 * page, 3);
   heap.give_back(4 * page, 3);
   heap.give_back(0, 4);

@@ -4,7 +4,7 @@ import pytest
 
 from tests.parallel.pool import RankPool
 
-RANK_MODULES = [f"tests.parallel.{name}_rank" for name in ("ep", "layout", "memory", "moe", "train")]
+RANK_MODULES = [f"tests.parallel.{name}_rank" for name in ("adversary", "ep", "layout", "memory", "moe", "train")]
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ class SharedMemory {
   void* allocate(int64_t bytes);
   void free(void* at);
   int64_t allocated() const;  // bytes handed out, or given back but still resting
+  int64_t reached() const;    // bytes of the data area that have ever been handed out
 
  private:
   std::string map_all(const std::vector<std::string>& hellos);
