@@ -1,5 +1,8 @@
 """What a user can get wrong, by kind. All are ValueErrors, raised at the boundary, naming field, value and remedy."""
 
+# Of a process that ends itself because the run hangs: the launcher must tell it from ranks that it then kills itself.
+HANG_EXIT_CODE = 75
+
 
 class XTunerError(ValueError):
     """Base of all errors that are about the user's input rather than about our code."""

@@ -15,7 +15,7 @@ from types import FrameType
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from xtuner.config import DataConfig, TrainConfig, describe_fields, load_config  # noqa: E402
-from xtuner.errors import ConfigError, XTunerError  # noqa: E402
+from xtuner.errors import HANG_EXIT_CODE, ConfigError, XTunerError  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--nproc", type=int, default=1, help="processes on this node")
     train.add_argument("--nnodes", type=int, default=1, help="nodes of the run")
     train.add_argument("--rdzv", metavar="HOST:PORT", help="where the nodes meet; required with --nnodes > 1")
+    train.add_argument(
+        "--max-restarts", type=int, default=0, help="how often to go on from the newest checkpoint when a rank fails"
+    )
     train.set_defaults(run=_train)
 
     fields = commands.add_parser("fields", help="list every field of a CONFIG with its type, value and meaning")
@@ -124,8 +127,17 @@ def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from xtuner.engine.trainer import refuse_used_run_dir
+
     if args.nnodes > 1 and not args.rdzv:
         raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv HOST:PORT, the same on every node")
+    resume = args.resume
+    if args.max_restarts and resume == "no":
+        refuse_used_run_dir(config.run_dir)  # here, since a restarted worker finds its own run there
+        resume = "auto"
+    # The store that the launcher would share with its workers survives them, and after a restart they would look up in
+    # it the addresses of the dead.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launch = LaunchConfig(
         min_nodes=args.nnodes,
         max_nodes=args.nnodes,
@@ -133,20 +145,33 @@ def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
         run_id=str(config.run_dir),
         rdzv_backend="c10d",
         rdzv_endpoint=args.rdzv or "localhost:0",
-        max_restarts=0,
+        max_restarts=args.max_restarts,
         # On these the launcher would soon kill the workers; we forward them, and the workers save and exit.
         signals_to_handle="SIGHUP,SIGQUIT",
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _forward_to_workers)
-    command = ["-u", "-m", "xtuner.run", "train", args.config, *args.overrides, "--resume", args.resume]
+    command = ["-u", "-m", "xtuner.run", "train", args.config, *args.overrides, "--resume", resume]
     try:
         elastic_launch(launch, sys.executable)(*command)
     except ChildFailedError as e:
-        code = next(iter(e.failures.values())).exitcode
-        print(f"error: a worker ended with exit code {code}; its message is above", file=sys.stderr)
-        return code if code > 0 else 1
+        rank, failure = _first_cause(e.failures)
+        if failure.exitcode < 0:
+            print(f"error: rank {rank} (pid {failure.pid}) was killed by {failure.signal_name()}", file=sys.stderr)
+            return 1
+        print(f"error: rank {rank} ended with exit code {failure.exitcode}; its message is above", file=sys.stderr)
+        return failure.exitcode
     return 0
+
+
+def _first_cause(failures: dict):
+    """The rank to blame: who found the run hanging; else who was killed; else who failed; else whom we ended."""
+
+    def order(item) -> int:
+        code = item[1].exitcode
+        return 0 if code == HANG_EXIT_CODE else 3 if code == -signal.SIGTERM else 1 if code < 0 else 2
+
+    return min(failures.items(), key=order)
 
 
 def _forward_to_workers(number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from xtuner.batch import Batch
 from xtuner.config import LossConfig, OptimConfig
+from xtuner.engine.nonfinite import find_nonfinite
 from xtuner.engine.train_step import train_step
 from xtuner.models import SIZES, build_model
 from xtuner.optim import build_adamw
@@ -97,3 +98,14 @@ def test_coefficients_reach_the_router():
         b = batch(16)
         b.loss_weights.zero_()
         assert step(model, optimizer, b, loss=loss).grad_norm > 0
+
+
+def test_the_first_bad_module_and_parameter_are_named():
+    model, optimizer = make()
+    assert find_nonfinite(model, [batch(16)], LossConfig(), ALONE) == "nothing bad when the step was repeated"
+    with torch.no_grad():
+        model.layers[1].moe.w2[3, 5] = math.inf
+    text = find_nonfinite(model, [batch(16), batch(64)], LossConfig(), ALONE)
+    assert text.startswith("bad weight of layers.1.moe.w2; first bad output of layers.1.moe; ")
+    assert "bad gradient of parameter embed.weight, " in text
+    assert all(p.grad is None for p in model.parameters())

@@ -95,6 +95,12 @@ class LogConfig(ConfigBase):
     every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(True, description="write TensorBoard events too")
     reference_losses: dict[str, float] = Field({}, description="named levels to draw into the loss curve")
+    profile_from: int = Field(0, ge=0, description="first step (from 1) that torch's profiler records; 0: none")
+    profile_steps: int = Field(3, ge=1, description="how many steps it records, into run_dir/profile")
+    hang_timeout_s: float = Field(
+        900.0, ge=0, description="end a run of several ranks that makes no progress for this long; 0: never"
+    )
+    rank_report_every: int = Field(100, ge=0, description="steps between comparisons of the ranks' speed; 0: none")
     sample_prompts: tuple[str, ...] = Field((), description="texts continued by the exported model after the run")
 
 

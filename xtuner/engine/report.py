@@ -15,6 +15,9 @@ from xtuner.engine.screen import Screen, format_seconds
 from xtuner.engine.train_step import StepResult, load_imbalance
 from xtuner.models import config_to_hf, flops_per_token, hf_map
 
+# Times the median rank's own seconds per step, from which on a rank is called slow.
+SLOW = 1.3
+
 if TYPE_CHECKING:
     from xtuner.engine.trainer import Run
 
@@ -44,6 +47,29 @@ def report_step(
         if result.expert_counts is not None:
             per_layer = load_imbalance(result.expert_counts).tolist()
             metrics.write("load_imbalance", run.step, {f"layer_{i:02d}": v for i, v in enumerate(per_layer)})
+
+
+def report_ranks(run: Run, screen: Screen, metrics: MetricsWriter | None, waiting_share: float) -> None:
+    """Compare the ranks' own seconds per step since the last such report, collectives not counted. Collective.
+
+    In a whole step every rank takes the time of the slowest, so the time in collectives has to be taken out. It is the
+    host's time: on GPUs, where the host runs ahead, it shows slow data loading and slow hosts.
+    """
+    world = run.world
+    steps, seconds = run.step - run.compared_at[0], run.train_seconds - run.compared_at[1]
+    run.compared_at = run.step, run.train_seconds
+    own = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    own[world.rank] = seconds / steps * (1 - waiting_share)
+    own = world.all_reduce_sum(own)
+    slowest, median = int(own.argmax()), own.median().item()
+    if metrics:
+        figures = {"slowest_rank": slowest, "slowest_seconds": own[slowest].item(), "median_seconds": median}
+        metrics.write("ranks", run.step, figures)
+    if world.size > 1 and own[slowest] > SLOW * median:
+        screen.note(
+            f"step {run.step}: rank {slowest} is slow: {own[slowest]:.3g} s of its own per step, "
+            f"the median rank {median:.3g} s"
+        )
 
 
 def finish(run: Run, screen: Screen, held_out: float | None) -> dict[str, Any]:

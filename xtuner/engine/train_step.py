@@ -15,6 +15,7 @@ from xtuner.config import LossConfig
 from xtuner.models import ModelOutput
 from xtuner.nn.loss import load_balancing_loss, z_loss
 from xtuner.nn.router import RouterStats
+from xtuner.ops import raise_faults
 from xtuner.optim import clip_grad_norm, update_choice_bias
 from xtuner.parallel import World, check_overflow
 
@@ -62,16 +63,9 @@ def train_step(
     The cross-entropy is divided by the loss weight of the whole step, so a token counts the same whichever rank and
     micro-batch it falls into.
     """
-    weight = global_loss_weight(micro_batches, world)
-    meter = _Meter(world)
-    for batch in micro_batches:
-        output = forward_loss(model, batch)
-        loss = output.loss_sum / weight
-        aux, z = auxiliary_losses(output.stats, batch, model, loss_cfg, world)
-        share = 1 / len(micro_batches)
-        (loss + share * (loss_cfg.aux_loss_coef * aux + loss_cfg.z_loss_coef * z)).backward()
-        meter.add(loss, aux * share, z * share, batch.num_tokens, output.stats)
+    meter = accumulate_gradients(model, micro_batches, loss_cfg, world)
     check_overflow(model, world)
+    raise_faults()
     grad_norm = clip_grad_norm(model.parameters(), max_grad_norm, world.all_reduce_sum)
     finite = math.isfinite(grad_norm)
     if finite:
@@ -81,6 +75,22 @@ def train_step(
     if finite and loss_cfg.bias_update_rate:
         update_choice_bias(model, result.expert_counts, loss_cfg.bias_update_rate)
     return result
+
+
+def accumulate_gradients(
+    model: nn.Module, micro_batches: Sequence[Batch], loss_cfg: LossConfig, world: World
+) -> _Meter:
+    """Forward and backward over the micro-batches; their figures."""
+    weight = global_loss_weight(micro_batches, world)
+    meter = _Meter(world)
+    for batch in micro_batches:
+        output = forward_loss(model, batch)
+        loss = output.loss_sum / weight
+        aux, z = auxiliary_losses(output.stats, batch, model, loss_cfg, world)
+        share = 1 / len(micro_batches)
+        (loss + share * (loss_cfg.aux_loss_coef * aux + loss_cfg.z_loss_coef * z)).backward()
+        meter.add(loss, aux * share, z * share, batch.num_tokens, output.stats)
+    return meter
 
 
 def forward_loss(model: nn.Module, batch: Batch) -> ModelOutput:

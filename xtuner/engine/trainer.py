@@ -18,13 +18,17 @@ from xtuner.checkpoint.hf import load_hf
 from xtuner.config import ModelConfig, TrainConfig, save_config
 from xtuner.data import Loader, PackedDataset, build_dataset
 from xtuner.engine.metrics import MetricsWriter, read_metrics
-from xtuner.engine.report import due, finish, report_step
+from xtuner.engine.nonfinite import find_nonfinite
+from xtuner.engine.profile import ProfileWindow
+from xtuner.engine.report import due, finish, report_ranks, report_step
 from xtuner.engine.screen import Screen
 from xtuner.engine.stop import StopRequest
 from xtuner.engine.train_step import StepResult, train_step
 from xtuner.engine.validate import validation_loss
+from xtuner.engine.watchdog import Watchdog
 from xtuner.errors import ConfigError, DataError
 from xtuner.models import SIZES, build_model, config_from_hf, hf_map
+from xtuner.ops import watch_faults
 from xtuner.optim import build_adamw, keep_state_on_host, learning_rate
 from xtuner.parallel import Layout, World, build_layout, init_world, materialize, parallelize
 
@@ -47,6 +51,7 @@ class Run:
     num_tokens: int = 0
     num_skipped: int = 0
     train_seconds: float = 0.0
+    compared_at: tuple[int, float] = (0, 0.0)  # step and train_seconds when the ranks were last compared
     expert_counts: Tensor | None = None  # [L, E], choices that went to each expert of each MoE layer so far
 
     @property
@@ -67,6 +72,7 @@ class Run:
         self.loader.load_state_dict(state["data"])
         for name, value in state["counters"].items():
             setattr(self, name, value)
+        self.compared_at = self.step, self.train_seconds
         if "expert_counts" in state:
             self.expert_counts = torch.tensor(state["expert_counts"], dtype=torch.float64)
 
@@ -114,8 +120,11 @@ def _loop(run: Run) -> dict[str, Any]:
     if run.step:
         screen.note(f"resumed after step {run.step}")
     held_out, stopped = _last_validation(cfg.run_dir), False
-    with StopRequest() as stop, screen:
+    watchdog, profile = Watchdog(world, cfg.log.hang_timeout_s), ProfileWindow(cfg.log, cfg.run_dir, world)
+    with StopRequest() as stop, screen, watchdog, profile:
         while run.step < cfg.steps and not stopped:
+            watchdog.progress(f"step {run.step + 1}")
+            profile.before_step(run.step + 1)
             started = time.perf_counter()
             lr = learning_rate(run.step, cfg.steps, cfg.optim.lr, cfg.schedule)
             for group in run.optimizer.param_groups:
@@ -126,13 +135,19 @@ def _loop(run: Run) -> dict[str, Any]:
             run.count(result, seconds)
             last = run.step == cfg.steps
             report_step(run, screen, metrics, result, lr, seconds)
+            if result.skipped:
+                screen.note(f"  {find_nonfinite(run.model, batches, cfg.loss, world)}")
+            if due(run.step, cfg.log.rank_report_every):
+                report_ranks(run, screen, metrics, watchdog.take_waiting_share())
             if run.validation is not None and (last or due(run.step, cfg.validation.every)):
+                watchdog.progress(f"validation after step {run.step}")
                 held_out = validation_loss(run.model, run.validation, world, run.layout, cfg.validation.max_packs)
                 screen.note(f"step {run.step}: held-out loss {held_out:.4f} nats/token")
                 if metrics:
                     metrics.write("validation", run.step, {"loss": held_out})
             stopped = world.any(stop.requested) and not last
             if stopped or (last and cfg.checkpoint.final) or due(run.step, cfg.checkpoint.every):
+                watchdog.progress(f"checkpoint after step {run.step}")
                 run.save()
     if metrics:
         metrics.close()
@@ -161,6 +176,8 @@ def _build(cfg: TrainConfig, world: World) -> Run:
         seed=cfg.seed,
         shuffle=cfg.data.shuffle,
     )
+    if world.device.type == "cuda":
+        watch_faults(world.device)
     # Built without memory, laid out, and only then filled: no rank ever holds the whole model.
     model = parallelize(build_model(arch, device="meta"), layout, cfg.parallel, world, cfg.memory)
     materialize(model, world, cfg.memory)
@@ -193,12 +210,17 @@ def _chosen_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
     return SIZES[cfg.model.name], None
 
 
+def refuse_used_run_dir(run_dir: Path) -> None:
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"run_dir={run_dir} already holds a run; continue it with --resume auto, or choose another run_dir"
+        )
+
+
 def _open_run_dir(cfg: TrainConfig, resume: bool, world: World) -> None:
     """Refuse to mix two runs in one directory, then leave the resolved config there."""
-    if not resume and (cfg.run_dir / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"run_dir={cfg.run_dir} already holds a run; continue it with --resume auto, or choose another run_dir"
-        )
+    if not resume:
+        refuse_used_run_dir(cfg.run_dir)
     world.barrier()  # all ranks have looked before rank 0 writes
     if world.is_main:
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
