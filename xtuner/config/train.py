@@ -40,7 +40,11 @@ class LossConfig(ConfigBase):
 
 
 class OptimConfig(ConfigBase):
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonal updates of the matrices inside the layers, AdamW for everything else"
+    )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms and biases have none")
@@ -117,7 +121,7 @@ class TrainConfig(ConfigBase):
     global_batch_size: int = Field(1, gt=0, description="packs per optimizer step, over all ranks")
     micro_batch_size: int = Field(1, gt=0, description="packs per forward pass on one rank")
     loss: LossConfig = Field(LossConfig(), description="auxiliary losses")
-    optim: OptimConfig = Field(OptimConfig(), description="AdamW")
+    optim: OptimConfig = Field(OptimConfig(), description="AdamW or Muon")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="learning rate over the steps")
     parallel: ParallelConfig = Field(ParallelConfig(), description="sharding and precision")
     memory: MemoryConfig = Field(MemoryConfig(), description="what is recomputed or kept on the host")

@@ -29,7 +29,7 @@ from xtuner.engine.watchdog import Watchdog
 from xtuner.errors import ConfigError, DataError
 from xtuner.models import SIZES, build_model, config_from_hf, hf_map
 from xtuner.ops import watch_faults
-from xtuner.optim import build_adamw, keep_state_on_host, learning_rate
+from xtuner.optim import build_optimizer, keep_state_on_host, learning_rate
 from xtuner.parallel import Layout, World, build_layout, init_world, materialize, parallelize
 
 Prepare = Callable[[TrainConfig], TrainConfig]
@@ -184,7 +184,7 @@ def _build(cfg: TrainConfig, world: World) -> Run:
     model.init_weights(cfg.seed)
     if source is not None:
         load_hf(model, hf_map(arch), source)
-    optimizer = build_adamw(model, cfg.optim)
+    optimizer = build_optimizer(model, cfg.optim)
     if cfg.memory.offload_optimizer:
         keep_state_on_host(optimizer)
     return Run(cfg, world, layout, arch, model, optimizer, loader, validation)

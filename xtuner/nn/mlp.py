@@ -13,6 +13,7 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
+        self.stacked = {"w13": 2}  # matrices in one parameter
         self.w13 = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 

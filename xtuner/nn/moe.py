@@ -80,6 +80,7 @@ class MoE(nn.Module):
     def __init__(self, hidden_size: int, cfg: MoEConfig):
         super().__init__()
         self.num_experts = cfg.num_experts
+        self.stacked = {"w13": 2 * cfg.num_experts, "w2": cfg.num_experts}  # matrices in one parameter
         if cfg.scoring == "sigmoid":
             self.gate = GroupedRouter(hidden_size, cfg)
         else:
