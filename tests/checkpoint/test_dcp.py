@@ -1,6 +1,7 @@
 """Atomicity and errors of sharded checkpoints, on one rank and real files."""
 
 import resource
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, save_checkpoint
+from xtuner.checkpoint import dcp
+from xtuner.checkpoint.dcp import CheckpointWriter, list_checkpoints, load_checkpoint, read_model, save_checkpoint
 from xtuner.errors import CheckpointError
 
 ARCH = {"hidden_size": 16}
@@ -116,3 +118,68 @@ def test_damaged_checkpoint_is_named(tmp_path):
     next(path.glob("*.distcp")).write_bytes(b"short")
     with pytest.raises(CheckpointError, match="step-00000001: cannot be read"):
         load_checkpoint(path, model, optimizer, ARCH)
+
+
+class SlowDisk:
+    """torch's save, held back until `go`."""
+
+    def __init__(self, monkeypatch):
+        self.go, original = threading.Event(), dcp.dcp.save
+
+        def save(*args, **kwargs):
+            assert self.go.wait(timeout=60)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(dcp.dcp, "save", save)
+
+
+def test_training_goes_on_during_a_background_save(tmp_path, monkeypatch):
+    """What is saved is the state at the time of the call, and nothing is a checkpoint before it is complete."""
+    model, optimizer = build()
+    train(model, optimizer, 3)
+    writer, disk = CheckpointWriter(tmp_path, keep_last=2, background=True), SlowDisk(monkeypatch)
+    path = writer.save(3, model, optimizer, {"step": 3, "arch": ARCH})
+    expected = train(model, optimizer, 3, seed=2)
+    assert list_checkpoints(tmp_path) == [] and (tmp_path / "step-00000003.partial").is_dir()
+    disk.go.set()
+    writer.wait()
+    assert list_checkpoints(tmp_path) == [path]
+    other = build(seed=7)
+    assert load_checkpoint(path, *other, ARCH)["step"] == 3
+    assert train(*other, 3, seed=2) == expected
+
+
+def test_background_saves_follow_each_other(tmp_path):
+    model, optimizer = build()
+    writer = CheckpointWriter(tmp_path, keep_last=2, background=True)
+    for step in (1, 2, 3):
+        train(model, optimizer, 1)
+        writer.save(step, model, optimizer, {"step": step, "arch": ARCH})
+    writer.wait()
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def test_a_failed_background_save_is_an_error_of_the_next_call(tmp_path, monkeypatch):
+    model, optimizer = build()
+    first = save(tmp_path, 1, model, optimizer)
+    writer = CheckpointWriter(tmp_path, keep_last=2, background=True)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp.dcp, "save", full)
+    writer.save(2, model, optimizer, {"step": 2, "arch": ARCH})
+    with pytest.raises(CheckpointError, match=r"step-00000002: not saved, .*No space left.*step-00000001 is intact"):
+        writer.save(3, model, optimizer, {"step": 3, "arch": ARCH})
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+
+
+def test_a_model_is_read_in_portions(tmp_path):
+    model, optimizer = build()
+    path = save(tmp_path, 1, model, optimizer)
+    weights = {name: value.full_tensor() for name, value in model.state_dict().items()}
+    for max_bytes in (1, 5000, 1 << 20):
+        read = dict(read_model(path, list(weights), max_bytes))
+        assert list(read) == list(weights) and all(torch.equal(read[name], weights[name]) for name in weights)
+    with pytest.raises(CheckpointError, match="holds no parameter 2.weight"):
+        next(read_model(path, ["0.weight", "2.weight"], 1))

@@ -63,9 +63,9 @@ def assert_same_run(run_dir, expected_dir):
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_ten_kills(tmp_path, num_ranks):
-    micro = {"micro_batch_size": 4 // num_ranks}
+@pytest.mark.parametrize(("num_ranks", "background"), [(1, False), (2, False), (2, True)])
+def test_ten_kills(tmp_path, num_ranks, background):
+    micro = {"micro_batch_size": 4 // num_ranks, "checkpoint": {"every": 3, "background": background}}
     arguments = ("--nproc", str(num_ranks))
     whole = write_config(tmp_path / "whole.json", config_for(tmp_path, "whole", **micro))
     assert launch(whole, *arguments, cwd=tmp_path).returncode == 0

@@ -12,15 +12,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from xtuner.errors import CheckpointError
@@ -40,31 +44,76 @@ def list_checkpoints(root: Path) -> list[Path]:
 def save_checkpoint(
     root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep_last: int
 ) -> Path:
-    """Write `<root>/step-<step>` from all ranks, then drop all but the `keep_last` newest. Collective.
+    """Write `<root>/step-<step>` and return when it is complete; see `CheckpointWriter`. Collective."""
+    return CheckpointWriter(root, keep_last).save(step, model, optimizer, state)
+
+
+class CheckpointWriter:
+    """Writes checkpoints below `root` and keeps the `keep_last` newest. Made collectively.
 
     Args:
-        state: JSON-able facts to come back from `load_checkpoint`; must hold "arch" (the model's architecture).
-
-    Raises:
-        CheckpointError: on every rank, when any rank could not write. Earlier checkpoints are untouched.
+        background: `save` copies the state to CPU memory and returns; a thread of every rank writes the copy while
+            training goes on. Otherwise `save` returns when the checkpoint is complete.
     """
-    final = root / f"step-{step:08d}"
-    partial = root / f"{final.name}.partial"
-    _on_main(lambda: _make_empty(root, partial), f"cannot create {partial}")
-    try:
-        dcp.save(_tensors(model, optimizer), checkpoint_id=partial)
-    except (CheckpointException, OSError, RuntimeError) as e:
-        _on_main(lambda: shutil.rmtree(partial, ignore_errors=True), f"cannot remove {partial}")
-        raise CheckpointError(f"{final}: not saved, {_cause(e)}; {_survivor(root)}") from e
-    _on_main(lambda: _publish(partial, final, state), f"{final}: not saved", root)
-    _on_main(lambda: _prune(root, keep_last), f"cannot prune {root}")
-    return final
+
+    def __init__(self, root: Path, keep_last: int, background: bool = False):
+        self.root, self.keep_last = root, keep_last
+        self._pending: Future[str | None] | None = None
+        self._group = None
+        if background:
+            self._group = dist.new_group(backend="gloo")  # training has the other groups for itself
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+        """Write `<root>/step-<step>` from all ranks, each its own shards, after any earlier save. Collective.
+
+        Args:
+            state: JSON-able facts to come back from `load_checkpoint`; must hold "arch" (the model's architecture).
+
+        Raises:
+            CheckpointError: on every rank, when any rank could not write; in the background, that was the save before
+                this one. Earlier checkpoints are untouched.
+        """
+        self.wait()
+        final = self.root / f"step-{step:08d}"
+        partial = self.root / f"{final.name}.partial"
+        facts = json.dumps({**state, "world_size": _world_size()}, indent=1)
+        _on_main(lambda: _make_empty(self.root, partial), f"cannot create {partial}")
+        tensors = _tensors(model, optimizer)
+        if self._group is None:
+            _agree(self._write(tensors, partial, final, facts))
+        else:
+            self._pending = self._thread.submit(self._write, self._stager.stage(tensors), partial, final, facts)
+        return final
+
+    def wait(self) -> None:
+        """Until the save under way, if there is one, is complete. Collective. Raises CheckpointError as `save`."""
+        if self._pending is not None:
+            problem, self._pending = self._pending.result(), None
+            _agree(problem)
+
+    def _write(self, tensors: dict[str, Any], partial: Path, final: Path, facts: str) -> str | None:
+        """What went wrong, or None. Once torch's save returns, every rank has written."""
+        try:
+            dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
+        except (CheckpointException, OSError, RuntimeError) as e:
+            if _rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            return f"{final}: not saved, {_cause(e)}; {_survivor(self.root)}"
+        if _rank() == 0:
+            try:
+                _publish(partial, final, facts)
+                _prune(self.root, self.keep_last)
+            except OSError as e:
+                return f"{final}: not saved: {e}; {_survivor(self.root)}"
+        return None
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, arch: dict[str, Any]
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, arch: dict[str, Any]
 ) -> dict[str, Any]:
-    """Restore model, optimizer (unless None) and random state in place; return the `state` that was saved. Collective.
+    """Restore model, optimizer and random state in place; return the `state` that was saved. Collective.
 
     The number of ranks may differ from that of the save; then each rank keeps its own fresh random state.
 
@@ -74,25 +123,46 @@ def load_checkpoint(
     state = read_state(path)
     _check_same_model(path, state["arch"], arch)
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    if optimizer is None:
-        tensors = {"model": get_state_dict(model, ())[0]}
-    else:
-        tensors = _tensors(model, optimizer)
+    tensors = _tensors(model, optimizer)
     if f"rng.rank{_rank()}" not in saved or state["world_size"] != _world_size():
         tensors.pop("rng", None)
     try:
         dcp.load(tensors, checkpoint_id=path)
     except (CheckpointException, OSError, RuntimeError) as e:
         raise CheckpointError(f"{path}: cannot be read, {_cause(e)}") from e
-    if optimizer is None:
-        model.load_state_dict(tensors["model"])
-        return state
     set_state_dict(
         model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optim"], options=_BY_NAME
     )
     if "rng" in tensors:
         torch.set_rng_state(tensors["rng"][f"rank{_rank()}"])
     return state
+
+
+def read_model(path: Path, names: Sequence[str], max_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    """The whole tensors `names` of a saved model, in order, at most `max_bytes` of them (or one) read at a time.
+
+    Not collective. Drop each tensor before asking for the next, and no more than that is ever in memory.
+
+    Raises:
+        CheckpointError: a name is not there, or the checkpoint cannot be read.
+    """
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    missing = [name for name in names if f"model.{name}" not in saved]
+    if missing:
+        raise CheckpointError(f"{path}: holds no parameter {missing[0]} ({len(missing)} of {len(names)} are missing)")
+    waiting = [(name, saved[f"model.{name}"]) for name in reversed(names)]
+    while waiting:
+        batch: dict[str, Tensor] = {}
+        while waiting and (not batch or _num_bytes(batch.values()) + _bytes_of(waiting[-1][1]) <= max_bytes):
+            name, facts = waiting.pop()
+            batch[name] = torch.empty(facts.size, dtype=facts.properties.dtype)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # torch tells that it reads in one process
+                dcp.load({"model": batch}, checkpoint_id=path, no_dist=True)
+        except (CheckpointException, OSError, RuntimeError) as e:
+            raise CheckpointError(f"{path}: cannot be read, {_cause(e)}") from e
+        for name in list(batch):
+            yield name, batch.pop(name)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -109,6 +179,14 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {"model": model_state, "optim": optimizer_state, "rng": rng}
 
 
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.dtype.itemsize for t in tensors)
+
+
+def _bytes_of(facts: TensorStorageMetadata) -> int:
+    return facts.size.numel() * facts.properties.dtype.itemsize
+
+
 def _make_empty(root: Path, partial: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for stale in (*root.glob("*.partial"), *root.glob("*.deleting")):
@@ -116,9 +194,9 @@ def _make_empty(root: Path, partial: Path) -> None:
     partial.mkdir()
 
 
-def _publish(partial: Path, final: Path, state: dict[str, Any]) -> None:
+def _publish(partial: Path, final: Path, facts: str) -> None:
     with open(partial / _STATE_FILE, "w") as f:
-        json.dump({**state, "world_size": _world_size()}, f, indent=1)
+        f.write(facts)
         f.flush()
         os.fsync(f.fileno())
     _fsync_directory(partial)
@@ -168,18 +246,25 @@ def _survivor(root: Path) -> str:
     return f"the previous checkpoint {complete[-1]} is intact" if complete else "there is no earlier checkpoint"
 
 
-def _on_main(action: Callable[[], None], what: str, root: Path | None = None) -> None:
+def _on_main(action: Callable[[], None], what: str) -> None:
     """Run `action` on rank 0; raise a CheckpointError on every rank if it failed there."""
-    problem: list[str | None] = [None]
+    problem = None
     if _rank() == 0:
         try:
             action()
         except OSError as e:
-            problem = [f"{what}: {e}" + (f"; {_survivor(root)}" if root else "")]
+            problem = f"{what}: {e}"
+    _agree(problem)
+
+
+def _agree(problem: str | None) -> None:
+    """Raise a CheckpointError on every rank if any has a problem."""
+    problems = [problem] * _world_size()
     if _world_size() > 1:
-        dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise CheckpointError(problem[0])
+        dist.all_gather_object(problems, problem)
+    for text in problems:
+        if text:
+            raise CheckpointError(text)
 
 
 def _rank() -> int:

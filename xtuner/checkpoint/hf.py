@@ -122,17 +122,32 @@ def save_hf(
             holds something that is no export. What was at `path` is untouched then.
     """
     params = _parameters(module, name_map)
+    shapes = {name: tuple(param.shape) for name, param in params.items()}
+    stored_dtype = dtype or next(iter(params.values())).dtype
+    values = ((name, whole(param.detach().to(stored_dtype))) for name, param in params.items())
+    write_hf(shapes, values, name_map, path, config, stored_dtype, tokenizer_dir, max_shard_bytes)
+
+
+def write_hf(
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Iterable[tuple[str, Tensor]],
+    name_map: NameMap,
+    path: Path | str,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    tokenizer_dir: Path | str | None = None,
+    max_shard_bytes: int = 2 << 30,
+) -> None:
+    """As `save_hf`, from a stream: `values` gives every parameter of `shapes`, whole, in that order, on every rank."""
     export = _Export(Path(path)) if _is_main() else None
-    plan = plan_files(list(_planned(params, name_map, dtype)), max_shard_bytes)
+    plan = plan_files(list(_planned(shapes, name_map, dtype)), max_shard_bytes)
     if export:
-        stored_dtype = dtype or next(iter(params.values())).dtype
-        export.attempt(export.begin, plan, config, stored_dtype, Path(tokenizer_dir) if tokenizer_dir else None)
-    for name, param in params.items():
-        full = whole(param.detach().to(dtype or param.dtype))
+        export.attempt(export.begin, plan, config, dtype, Path(tokenizer_dir) if tokenizer_dir else None)
+    for name, value in values:
         if export:
             for part in name_map[name]:
-                export.attempt(export.write, part, full)
-        del full  # before the next one is gathered
+                export.attempt(export.write, part, value)
+        del value  # before the next one is gathered or read
     if export:
         export.attempt(export.finish)
     problem = [export.problem if export else None]
@@ -168,6 +183,7 @@ class _Export:
         dtype: torch.dtype,
         tokenizer_dir: Path | None,
     ) -> None:
+        self._dtype = dtype
         _check_replaceable(self.path)
         shutil.rmtree(self.partial, ignore_errors=True)  # of a save that was killed
         self.partial.mkdir(parents=True)
@@ -180,7 +196,8 @@ class _Export:
         self._writer = StreamWriter(self.partial, plan)
 
     def write(self, part: Part, full: Tensor) -> None:
-        self._writer.write(part.hf_name, full[part.row_start : part.row_start + part.num_rows])
+        rows = full[part.row_start : part.row_start + part.num_rows]
+        self._writer.write(part.hf_name, rows.to(self._dtype))
 
     def finish(self) -> None:
         self._writer.close()
@@ -271,10 +288,12 @@ def _open_whole(stored: StoredTensor, name: str) -> Tensor:
         return handle.get_tensor(name)  # a view of the mapped file
 
 
-def _planned(params: Mapping[str, Tensor], name_map: NameMap, dtype: torch.dtype | None) -> Iterable[PlannedTensor]:
-    for name, param in params.items():
+def _planned(
+    shapes: Mapping[str, tuple[int, ...]], name_map: NameMap, dtype: torch.dtype
+) -> Iterable[PlannedTensor]:
+    for name, shape in shapes.items():
         for part in name_map[name]:
-            yield PlannedTensor(part.hf_name, (part.num_rows, *param.shape[1:]), dtype or param.dtype)
+            yield PlannedTensor(part.hf_name, (part.num_rows, *shape[1:]), dtype)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -85,6 +85,9 @@ class ParallelConfig(ConfigBase):
 class CheckpointConfig(ConfigBase):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: none but the final one")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay on disk")
+    background: bool = Field(
+        False, description="write from a copy in CPU memory while training goes on, instead of waiting for the disk"
+    )
     final: bool = Field(True, description="save a checkpoint at the last step")
     export_hf: bool = Field(True, description="write a Hugging Face directory at the end of the run")
     export_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the exported weights")
@@ -135,6 +138,11 @@ class TrainConfig(ConfigBase):
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} + schedule.decay_steps="
                 f"{self.schedule.decay_steps} exceed steps={self.steps}"
+            )
+        if self.optim.kind == "muon" and self.memory.offload_optimizer:
+            raise ValueError(
+                "memory.offload_optimizer=true brings one parameter's state at a time, but optim.kind=muon exchanges "
+                "matrices of many; use memory.offload_parameters, or optim.kind=adamw"
             )
         if self.schedule.kind == "wsd" and not self.schedule.decay_steps:
             raise ValueError("schedule.kind=wsd needs schedule.decay_steps > 0")

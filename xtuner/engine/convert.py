@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, read_state
-from xtuner.checkpoint.hf import save_hf
-from xtuner.config import ModelConfig, ParallelConfig, TrainConfig, load_config
+from xtuner.checkpoint.dcp import list_checkpoints, read_model, read_state
+from xtuner.checkpoint.hf import write_hf
+from xtuner.config import ModelConfig, TrainConfig, load_config
 from xtuner.errors import CheckpointError
 from xtuner.models import build_model, config_to_hf, hf_map
-from xtuner.parallel import build_layout, init_world, parallelize
 
 
-def convert(checkpoint: Path, out: Path, dtype: str) -> None:
+def convert(checkpoint: Path, out: Path, dtype: str, max_bytes: int = 2 << 30) -> None:
     """Write `checkpoint` (or the newest one of a run directory) to `out` as safetensors in `dtype`.
+
+    One process does it, whatever ran on how many; no more than `max_bytes` of the model (or one parameter) is in
+    memory at a time.
 
     Raises:
         CheckpointError: `checkpoint` is neither a run directory with a checkpoint nor a checkpoint of a run.
@@ -27,17 +28,8 @@ def convert(checkpoint: Path, out: Path, dtype: str) -> None:
     if not config_file.is_file():
         raise CheckpointError(f"{checkpoint}: neither a run directory with a checkpoint nor a checkpoint of a run")
     cfg = load_config(str(config_file), (), TrainConfig).config
-    saved_arch = read_state(checkpoint)["arch"]
-    arch = ModelConfig.parse(saved_arch)
-    world = init_world("cpu", None)
-    try:
-        here = ParallelConfig()  # whatever the layout of the run was
-        model = parallelize(build_model(arch, device="meta"), build_layout(here, arch, world), here, world)
-        model.to_empty(device=world.device)
-        load_checkpoint(checkpoint, model, None, saved_arch)
-        tokenizer = cfg.data.tokenizer or cfg.model.path
-        save_hf(
-            model, hf_map(arch), out, config=config_to_hf(arch), dtype=getattr(torch, dtype), tokenizer_dir=tokenizer
-        )
-    finally:
-        dist.destroy_process_group()
+    arch = ModelConfig.parse(read_state(checkpoint)["arch"])
+    shapes = {name: tuple(p.shape) for name, p in build_model(arch, "meta").named_parameters()}
+    values = read_model(checkpoint, list(shapes), max_bytes)
+    tokenizer = cfg.data.tokenizer or cfg.model.path
+    write_hf(shapes, values, hf_map(arch), out, config_to_hf(arch), getattr(torch, dtype), tokenizer)

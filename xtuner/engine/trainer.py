@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from xtuner.batch import Batch
-from xtuner.checkpoint.dcp import list_checkpoints, load_checkpoint, save_checkpoint
+from xtuner.checkpoint.dcp import CheckpointWriter, list_checkpoints, load_checkpoint
 from xtuner.checkpoint.hf import load_hf
 from xtuner.config import ModelConfig, TrainConfig, save_config
 from xtuner.data import Loader, PackedDataset, build_dataset
@@ -47,6 +47,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     loader: Loader
     validation: PackedDataset | None
+    writer: CheckpointWriter
     step: int = 0
     num_tokens: int = 0
     num_skipped: int = 0
@@ -54,17 +55,12 @@ class Run:
     compared_at: tuple[int, float] = (0, 0.0)  # step and train_seconds when the ranks were last compared
     expert_counts: Tensor | None = None  # [L, E], choices that went to each expert of each MoE layer so far
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.cfg.run_dir / "checkpoints"
-
-    def save(self) -> Path:
+    def save(self) -> None:
         counters = {"num_tokens": self.num_tokens, "num_skipped": self.num_skipped, "train_seconds": self.train_seconds}
         state = {"step": self.step, "counters": counters, "data": self.loader.state_dict(), "arch": _facts(self.arch)}
         if self.expert_counts is not None:
             state["expert_counts"] = self.expert_counts.tolist()
-        keep = self.cfg.checkpoint.keep_last
-        return save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state, keep)
+        self.writer.save(self.step, self.model, self.optimizer, state)
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path, self.model, self.optimizer, _facts(self.arch))
@@ -105,7 +101,7 @@ def train(cfg: TrainConfig, resume: bool = False, prepare: Prepare | None = None
         cfg = _on_local_main_first(world, lambda: prepare(cfg)) if prepare else cfg
         _open_run_dir(cfg, resume, world)
         run = _build(cfg, world)
-        checkpoint = list_checkpoints(run.checkpoints)[-1:] if resume else []
+        checkpoint = list_checkpoints(run.writer.root)[-1:] if resume else []
         if checkpoint:
             run.restore(checkpoint[0])
         return _loop(run)
@@ -149,6 +145,8 @@ def _loop(run: Run) -> dict[str, Any]:
             if stopped or (last and cfg.checkpoint.final) or due(run.step, cfg.checkpoint.every):
                 watchdog.progress(f"checkpoint after step {run.step}")
                 run.save()
+        watchdog.progress(f"checkpoint after step {run.step}")
+        run.writer.wait()
     if metrics:
         metrics.close()
     if stopped:
@@ -187,7 +185,8 @@ def _build(cfg: TrainConfig, world: World) -> Run:
     optimizer = build_optimizer(model, cfg.optim)
     if cfg.memory.offload_optimizer:
         keep_state_on_host(optimizer)
-    return Run(cfg, world, layout, arch, model, optimizer, loader, validation)
+    writer = CheckpointWriter(cfg.run_dir / "checkpoints", cfg.checkpoint.keep_last, cfg.checkpoint.background)
+    return Run(cfg, world, layout, arch, model, optimizer, loader, validation, writer)
 
 
 def _resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
