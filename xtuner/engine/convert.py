@@ -29,7 +29,9 @@ def convert(checkpoint: Path, out: Path, dtype: str, max_bytes: int = 2 << 30) -
         raise CheckpointError(f"{checkpoint}: neither a run directory with a checkpoint nor a checkpoint of a run")
     cfg = load_config(str(config_file), (), TrainConfig).config
     arch = ModelConfig.parse(read_state(checkpoint)["arch"])
-    shapes = {name: tuple(p.shape) for name, p in build_model(arch, "meta").named_parameters()}
+    name_map, model = hf_map(arch), build_model(arch, "meta")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    shapes = {name: tuple(value.shape) for name, value in tensors if name in name_map}
     values = read_model(checkpoint, list(shapes), max_bytes)
     tokenizer = cfg.data.tokenizer or cfg.model.path
-    write_hf(shapes, values, hf_map(arch), out, config_to_hf(arch), getattr(torch, dtype), tokenizer)
+    write_hf(shapes, values, name_map, out, config_to_hf(arch), getattr(torch, dtype), tokenizer)

@@ -112,7 +112,8 @@ def _report_experts(run: Run, screen: Screen) -> None:
     (run.cfg.run_dir / "expert_load.json").write_text(json.dumps(loads) + "\n")
     moe_layers = [i for i in range(run.arch.num_hidden_layers) if run.arch.is_moe_layer(i)]
     plot_expert_load(run.expert_counts, moe_layers, run.cfg.run_dir / "expert_load.png")
-    if run.cfg.checkpoint.export_hf and run.arch.moe.choice_bias:
+    has_name = any(name.endswith("choice_bias") for name in hf_map(run.arch))
+    if run.cfg.checkpoint.export_hf and run.arch.moe.choice_bias and not has_name:
         screen.note(
             f"hf/ is without the routing bias, for which {run.arch.family} has no name: its routing is that of the "
             "plain scores"
