@@ -2,6 +2,7 @@
 // They only put work on the stream: no allocation, no synchronisation, so every op can be captured into a CUDA graph.
 // Values (indices, offsets) are checked on the device: bad ones are skipped and noted in stream.fault.
 #pragma once
+#include "xtuner/ops/ep_prepare.h"
 #include "xtuner/ops/quantize.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/stream.h"
@@ -26,5 +27,15 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream);
 void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, Stream stream);
+
+int64_t ep_prepare_workspace_size(int64_t num_choices, int64_t num_experts);
+void ep_prepare(const Tensor& topk_idx, int64_t capacity, const Peers& peers, const Tensor& counts, const Tensor& dest,
+                const Tensor& offsets, const Tensor& workspace, Stream stream);
+void ep_dispatch(const Tensor& x, const Tensor* scales, const EpRoute& route, const Peers& peers, const Tensor& out,
+                 const Tensor* out_scales, Stream stream);
+void ep_combine(const Tensor& y, const EpRoute& route, const Peers& peers, const Tensor* probs, const Tensor& out,
+                Stream stream);
+void ep_combine_bwd(const Tensor& dout, const Tensor& y, const EpRoute& route, const Peers& peers, const Tensor& probs,
+                    const Tensor& dy, const Tensor& dprobs, Stream stream);
 
 }  // namespace xt::cuda

@@ -1,6 +1,7 @@
 #include "xtuner/ops/ep_combine.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/ep_checks.h"
 
 namespace xt {
@@ -15,6 +16,9 @@ void ep_combine(const Tensor& y, const EpRoute& route, const Peers& peers, const
   if (probs) check.tensor("probs", *probs, {DType::f32}, {{"T", out.shape[0]}, {"K", route.dest.shape[1]}});
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::ep_combine(y, route, peers, probs, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::ep_combine(y, route, peers, probs, out, stream);
+#endif
     default: check.no_kernel();
   }
 }
@@ -35,6 +39,9 @@ void ep_combine_bwd(const Tensor& dout, const Tensor& y, const EpRoute& route, c
   switch (check.device().type) {
     case DeviceType::cpu:
       return cpu::ep_combine_bwd(dout, y, route, peers, probs, dy, dprobs, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::ep_combine_bwd(dout, y, route, peers, probs, dy, dprobs, stream);
+#endif
     default: check.no_kernel();
   }
 }

@@ -1,6 +1,7 @@
 #include "xtuner/ops/ep_dispatch.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/ep_checks.h"
 
 namespace xt {
@@ -23,6 +24,9 @@ void ep_dispatch(const Tensor& x, const Tensor* scales, const EpRoute& route, co
   }
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::ep_dispatch(x, scales, route, peers, out, out_scales, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::ep_dispatch(x, scales, route, peers, out, out_scales, stream);
+#endif
     default: check.no_kernel();
   }
 }

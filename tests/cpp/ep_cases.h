@@ -114,9 +114,13 @@ struct OwnedRoute {
   std::vector<int32_t> counts, dest;
   std::vector<int64_t> offsets;
 
+  // Room for the maps, which are still to be made.
+  OwnedRoute(const RankLoad& load, int world)
+      : tokens(load.tokens()), k(load.k), world(world), experts(load.experts), counts(world * experts, -7),
+        dest(tokens * k * 2, -7), offsets(experts / world + 1, -7) {}
+
   OwnedRoute(const RankLoad& load, const Peers& peers, int64_t spare_rows = 0, int threads = 1, int64_t capacity = -1)
-      : tokens(load.tokens()), k(load.k), world(peers.world), experts(load.experts), counts(world * experts, -7),
-        dest(tokens * k * 2, -7), offsets(experts / world + 1, -7) {
+      : OwnedRoute(load, peers.world) {
     const EpRoute r = route();
     ep_prepare(view(load.topk_idx, {tokens, k}), capacity, peers, r.counts, r.dest, view(offsets, {experts / world + 1}),
                {nullptr, threads});

@@ -16,7 +16,17 @@ enum class Fault : uint8_t {
   offsets,              // index: offsets[E], cut to 56 bits
   offsets_order,        // index: e
   gemm_src,             // index: row
+  ep_timeout,           // index: ep_fault_index, as the next two
+  ep_gave_up,
+  ep_order,
+  ep_rows,              // index: rows
+  ep_dest,              // index: t*K + k
 };
+
+// Another rank in an exchange: the op (1 to 4, in the order of describe_fault), the rank and the exchange's number.
+constexpr int64_t ep_fault_index(uint32_t op, int rank, uint32_t exchange) {
+  return static_cast<int64_t>(op) << 40 | static_cast<int64_t>(rank) << 32 | exchange;
+}
 
 constexpr uint64_t no_fault = ~uint64_t{0};  // what the word must hold at the start
 

@@ -34,4 +34,7 @@ void quantize_squares_case(Rng& rng, DType in, DType format, QuantizeParams para
 void quantize_rowcol_case(Rng& rng, DType in, DType format, QuantizeParams params, const std::vector<int64_t>& rows,
                           int64_t tail, int64_t hidden);
 
+// Steps of a layer on several ranks, forward and backward, with the results of one rank that has all experts.
+void ep_case(Rng& rng, int world, DType dtype, int64_t hidden, int steps);
+
 }  // namespace xt::test

@@ -103,6 +103,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 // ---- device side ----
 #define __syncthreads() cuda_host::sync_block(__FILE__, __LINE__)
+#define __nanosleep(ns) cuda_host::nap()
+#define __threadfence_system() static_cast<void>(0)  // memory is one, and accesses happen in order
 #define __syncwarp() cuda_host::sync_warp(__FILE__, __LINE__)
 
 namespace cuda_host {

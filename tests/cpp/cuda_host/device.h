@@ -16,6 +16,7 @@ class OnMachine {
 
   Tensor in(const char* name, const Tensor& t) { return add(name, t, cuda_host::Buffer::Use::input); }
   Tensor out(const char* name, const Tensor& t) { return add(name, t, cuda_host::Buffer::Use::output); }
+  Tensor in_out(const char* name, const Tensor& t) { return add(name, t, cuda_host::Buffer::Use::in_out); }
   // An input of which rows from `row` on must not be read.
   Tensor in_up_to(const char* name, const Tensor& t, int64_t row) {
     const Tensor d = in(name, t);

@@ -39,6 +39,15 @@ XT_HOOKS(16)
 void __tsan_read_range(void* p, size_t bytes) { plain_access(p, bytes, false, false); }
 void __tsan_write_range(void* p, size_t bytes) { plain_access(p, bytes, true, false); }
 
+uint32_t __tsan_atomic32_load(const uint32_t* p, int) {
+  cuda_host::atomic_access(p, sizeof *p);
+  return *p;
+}
+void __tsan_atomic32_store(uint32_t* p, uint32_t v, int) {
+  cuda_host::atomic_access(p, sizeof *p);
+  *p = v;
+}
+
 void __ubsan_handle_out_of_bounds(void* record, uintptr_t) { report("index out of bounds", record); }
 void __ubsan_handle_add_overflow(void* record, uintptr_t, uintptr_t) { report("overflow of +", record); }
 void __ubsan_handle_sub_overflow(void* record, uintptr_t, uintptr_t) { report("overflow of -", record); }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "memory.h"
@@ -43,14 +44,13 @@ struct Machine {
   std::vector<Element> shared;
   std::vector<unsigned> order;
   ucontext_t scheduler;
-  unsigned threads = 0, blocks = 0, block = 0, current = 0, seed = 0;
+  unsigned threads = 0, blocks = 0, block = 0, current = 0;
   bool in_kernel = false;
   uint64_t launch = 0, epoch = 0, first_epoch = 0;
   void* call = nullptr;
   size_t call_bytes = 0, dynamic_shared_bytes = 0;
   void (*run)(void*) = nullptr;
-  std::string violation, skipped;
-  std::set<std::string> seen;
+  std::string violation;
   int device = 0;
 
   Fibre& fibre() { return fibres[current]; }
@@ -76,7 +76,14 @@ struct Machine {
   void finish(unsigned first, unsigned mask);
 };
 
-Machine machine;
+thread_local Machine machine;
+
+// Of all devices; whoever holds the lock uses them.
+std::recursive_mutex lock;
+uint64_t launches = 0, epochs = 0;
+unsigned seed = 0;
+std::string skipped;
+std::set<std::string> seen;
 
 void enter() {
   machine.in_kernel = true;
@@ -89,7 +96,7 @@ bool Machine::release_block() {
   for (unsigned t = 0; t < threads; ++t) {
     if (fibres[t].wait != Wait::block || fibres[t].site != fibres[0].site) return false;
   }
-  ++epoch;
+  epoch = ++epochs;
   for (unsigned t = 0; t < threads; ++t) {
     fibres[t].wait = Wait::nothing;
     ++fibres[t].clocks[t % lanes];
@@ -144,7 +151,7 @@ void Machine::finish(unsigned first, unsigned mask) {
 }
 
 void Machine::run_block() {
-  first_epoch = ++epoch;
+  first_epoch = epoch = ++epochs;
   for (unsigned t = 0; t < threads; ++t) {
     Fibre& f = fibres[t];
     f.wait = Wait::nothing;
@@ -223,6 +230,7 @@ void access(const void* p, size_t bytes, Kind kind) {
 }  // namespace
 
 void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void* call, size_t call_bytes, void (*run)(void*)) {
+  const std::lock_guard<std::recursive_mutex> running(lock);
   Machine& m = machine;
   m.blocks = blocks;
   m.threads = threads;
@@ -231,21 +239,22 @@ void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void
   m.call_bytes = call_bytes;
   m.run = run;
   m.violation.clear();
-  ++m.launch;
+  m.launch = ++launches;
   if (m.fibres.size() < threads) m.fibres.resize(threads);
   m.shared.resize(static_cast<size_t>(_end - __bss_start) / shared_element + 1);
   m.order.resize(threads);
   std::iota(m.order.begin(), m.order.end(), 0u);
-  if (m.seed == 1) std::reverse(m.order.begin(), m.order.end());
-  if (m.seed > 1) std::shuffle(m.order.begin(), m.order.end(), std::mt19937(m.seed));
+  if (seed == 1) std::reverse(m.order.begin(), m.order.end());
+  if (seed > 1) std::shuffle(m.order.begin(), m.order.end(), std::mt19937(seed));
   for (m.block = 0; m.block < blocks && m.violation.empty(); ++m.block) m.run_block();
   if (!m.violation.empty()) throw Violation(m.violation);
 }
 
-void set_schedule(unsigned seed) { machine.seed = seed; }
-std::set<std::string>& barriers_seen() { return machine.seen; }
-void skip_barrier(const std::string& site) { machine.skipped = site; }
+void set_schedule(unsigned s) { seed = s; }
+std::set<std::string>& barriers_seen() { return seen; }
+void skip_barrier(const std::string& site) { skipped = site; }
 int& current_device() { return machine.device; }
+std::recursive_mutex& machine_lock() { return lock; }
 Gpu& gpu() {
   static Gpu gpu;
   return gpu;
@@ -263,16 +272,24 @@ int lane_index() { return static_cast<int>(machine.current % lanes); }
 
 void sync_block(const char* file, int line) {
   const std::string site = site_of(file, line);
-  machine.seen.insert(site);
-  if (site == machine.skipped) return;
+  seen.insert(site);
+  if (site == skipped) return;
   machine.fibre().site = site;
   machine.pause(Wait::block);
 }
 
 void sync_warp(const char* file, int line) {
   const std::string site = site_of(file, line);
-  machine.seen.insert(site);
-  if (site != machine.skipped) collect(Collective::sync, ~0u, 0, 0, site);
+  seen.insert(site);
+  if (site != skipped) collect(Collective::sync, ~0u, 0, 0, site);
+}
+
+// Lets the other threads of the block run, and other devices.
+void nap() {
+  machine.pause(Wait::nothing);
+  lock.unlock();
+  std::this_thread::yield();
+  lock.lock();
 }
 
 uint64_t exchange(unsigned mask, uint64_t value, int from_lane) {
@@ -297,6 +314,10 @@ unsigned long long atomic_min(unsigned long long* p, unsigned long long v) {
   const unsigned long long old = *p;
   *p = std::min(old, v);
   return old;
+}
+
+void atomic_access(const void* p, size_t bytes) {
+  if (machine.in_kernel) access(p, bytes, Kind::atomic);
 }
 
 void plain_access(const void* p, size_t bytes, bool write, bool unaligned) {

@@ -1,9 +1,12 @@
 // Runs kernels block after block on the host, each CUDA thread as a fibre that keeps the processor until it waits.
 // Every memory access of a kernel is checked (see hooks.cpp for how we learn of them); the first broken rule ends the
 // launch with a Violation.
+// Threads that launch kernels are devices of their own, which share memory. One of them runs at a time; another one runs
+// between launches and whenever a kernel naps.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -26,6 +29,9 @@ void skip_barrier(const std::string& site);  // empty: none
 
 int& current_device();
 
+// Held by the device that runs, and by tests that hand memory over or take it back.
+std::recursive_mutex& machine_lock();
+
 struct Gpu {
   int compute_capability_major = 8, multiprocessors = 3;
 };
@@ -42,6 +48,7 @@ int lane_index();
 
 void sync_block(const char* file, int line);
 void sync_warp(const char* file, int line);
+void nap();
 uint64_t exchange(unsigned mask, uint64_t value, int from_lane);
 unsigned ballot(unsigned mask, bool value);
 unsigned match_any(unsigned mask, uint64_t value);
@@ -51,6 +58,7 @@ unsigned long long atomic_min(unsigned long long* p, unsigned long long v);
 // ---- for hooks.cpp ----
 // `unaligned`: the compiler knows no alignment as large as the access.
 void plain_access(const void* p, size_t bytes, bool write, bool unaligned);
+void atomic_access(const void* p, size_t bytes);
 void undefined_behaviour(const std::string& what);
 
 }  // namespace cuda_host

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "machine.h"
+
 namespace cuda_host {
 
 void Accesses::add(const Accessor& a) {
@@ -45,11 +47,13 @@ std::map<const char*, Buffer*>& Buffer::all() {
 
 Buffer::Buffer(std::string name, const void* data, size_t bytes, size_t element, Use use)
     : name_(std::move(name)), begin_(static_cast<const char*>(data)), bytes_(bytes), element_(element), use_(use) {
+  const std::lock_guard<std::recursive_mutex> alone(machine_lock());
   if (use != Use::input) elements_.resize(bytes / element);
   if (bytes) all()[begin_] = this;
 }
 
 Buffer::~Buffer() {
+  const std::lock_guard<std::recursive_mutex> alone(machine_lock());
   if (bytes_) all().erase(begin_);
 }
 

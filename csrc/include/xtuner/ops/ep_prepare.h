@@ -22,7 +22,13 @@ struct EpRoute {
 //   offsets   i64 [E/W + 1]      out: first row of each expert of this rank; offsets[E/W] <= R rows are used
 // Errors: an index outside [-1, E) (names token, k and value); E not a multiple of W; more experts than an index area
 // holds; a rank that does not come within peers.timeout_s.
+//   workspace  i32 [n]           n >= ep_prepare_workspace_size; null where that is 0
+//
+// On a GPU, no ep_* op can throw for a value: a choice or row that is out of range is skipped, a rank that does not come
+// ends all waiting of this rank, and either is noted in stream.fault. There, peers' blocks start at multiples of 16 bytes
+// and signal pages at multiples of 64.
 void ep_prepare(const Tensor& topk_idx, int64_t capacity, const Peers& peers, const Tensor& counts, const Tensor& dest,
-                const Tensor& offsets, Stream stream);
+                const Tensor& offsets, Stream stream, const Tensor* workspace = nullptr);
+int64_t ep_prepare_workspace_size(int64_t num_choices, int64_t num_experts, DeviceType device);
 
 }  // namespace xt
