@@ -31,6 +31,7 @@ LAYOUTS = {
     "EP 2 x FSDP 2, all_to_all": (4, {"ep_size": 2, "dispatcher": "all_to_all"}),
     "EP 4, fused, rounds": (4, {"ep_size": 4, "dispatcher": "fused", "max_load": 0.3}),
     "EP 2, all_to_all, rounds": (2, {"ep_size": 2, "dispatcher": "all_to_all", "max_load": 0.3}),
+    "EP 4, presum": (4, {"ep_size": 4, "combine": "presum"}),
     "EP 4, fused, static": (4, {"ep_size": 4, "dispatch_mode": "static", "capacity_factor": 16}),
     "HSDP 2 x EP 2": (4, {"shard_size": 2, "ep_size": 2}),
     "SP 2": (2, {"sp_size": 2}),

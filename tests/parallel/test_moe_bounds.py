@@ -5,20 +5,22 @@ import torch
 
 from tests.parallel import moe_rank
 from tests.parallel.moe_rank import TOP_K
+from xtuner.config import ParallelConfig
+from xtuner.errors import ConfigError
 from xtuner.parallel import dispatch_rounds
 
-KINDS = list(moe_rank.KINDS)
+KINDS = ["fused", "all_to_all"]
 LOADS = ["even", "unequal", "all to rank 0", "one expert", "one rank has all"]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "presum"])
 def test_exact(ranks, kind, load, num_ranks):
     ranks.run(moe_rank.like_local, num_ranks, kind, {}, load, 21, None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "presum"])
 @pytest.mark.parametrize(
     ("load", "num_ranks", "max_load"),
     [("all to rank 0", 2, 1.0),
@@ -57,3 +59,9 @@ def test_static_without_enough_room_fails_on_every_rank(ranks, kind):
 def test_quotas_fill_the_room_and_no_more():
     rows = torch.tensor([[10, 0], [30, 7]])
     assert dispatch_rounds._quotas(rows, 12, 2).tolist() == [[2 + 2, 2 + 0], [2 + 6, 2 + 10]]
+
+
+def test_presum_is_a_way_of_all_to_all():
+    for field in ({"dispatcher": "fused"}, {"dispatch_mode": "static"}):
+        with pytest.raises(ConfigError, match="combine=presum is a way of dispatcher=all_to_all"):
+            ParallelConfig.parse({"combine": "presum", **field})

@@ -80,6 +80,18 @@ class ParallelConfig(ConfigBase):
     max_load: float | None = Field(
         4.0, gt=0, description="rows of a rank's experts at a time over the mean; more take rounds; None: all at once"
     )
+    combine: Literal["exact", "presum"] = Field(
+        "exact", description="presum: ranks add up a token's results before they travel; rounding depends on the layout"
+    )
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.combine == "presum" and (self.dispatcher == "fused" or self.dispatch_mode == "static"):
+            raise ValueError(
+                f"combine=presum is a way of dispatcher=all_to_all with dispatch_mode=exact, got "
+                f"dispatcher={self.dispatcher} and dispatch_mode={self.dispatch_mode}"
+            )
+        return self
 
 
 class CheckpointConfig(ConfigBase):

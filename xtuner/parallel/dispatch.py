@@ -138,7 +138,7 @@ class FusedDispatcher(Dispatcher):
         route = ops.ep_prepare(topk_idx_TK, num_experts, self.group)
         if not self.bounded:
             return FusedPlan(route, None)  # the dispatch reads how many rows it needs
-        rows_WW = _rows_between_ranks(route.counts)
+        rows_WW = rows_between_ranks(route.counts)
         return FusedPlan(route._replace(capacity=int(rows_WW[:, self.rank].sum())), rows_WW)
 
     def _send(self, x_TD: Tensor, plan: FusedPlan) -> FusedRows:
@@ -173,15 +173,12 @@ class AllToAllDispatcher(Dispatcher):
 
     def combine(self, y_RD: Tensor, dispatched: AllToAllRows, weights_TK: Tensor) -> Tensor:
         plan = dispatched.plan
-        rows = self._exchange(ops.unpermute(y_RD, *plan.row_map), plan.receive, plan.send)
+        rows = exchange_rows(ops.unpermute(y_RD, *plan.row_map), plan.receive, plan.send, self.process_group)
         return ops.unpermute(rows, *plan.token_map, weights_TK)
 
     def _send(self, x_TD: Tensor, plan: AllToAllPlan) -> AllToAllRows:
-        rows = self._exchange(ops.permute(x_TD, *plan.token_map), plan.send, plan.receive)
+        rows = exchange_rows(ops.permute(x_TD, *plan.token_map), plan.send, plan.receive, self.process_group)
         return AllToAllRows(ops.permute(rows, *plan.row_map), plan.offsets, plan)
-
-    def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return _AllToAll.apply(rows, send, receive, self.process_group)
 
     def _plan(self, topk_idx_TK: Tensor, num_experts: int) -> AllToAllPlan:
         counts_E, first_E1, row_of, src = ops.route_map(topk_idx_TK, num_experts)
@@ -198,7 +195,7 @@ class AllToAllDispatcher(Dispatcher):
             expert_R = torch.searchsorted(arriving.cumsum(1), place, right=True)
             expert_R = torch.where(expert_R < arriving.shape[1], expert_R, -1).flatten()
         else:
-            rows_WW = _rows_between_ranks(counts_WE)
+            rows_WW = rows_between_ranks(counts_WE)
             send, receive = rows_WW[self.rank].tolist(), rows_WW[:, self.rank].tolist()
             token_map = (row_of, src[: sum(send)])
             experts = torch.arange(arriving.shape[1], device=src.device).repeat(self.world_size)
@@ -207,7 +204,7 @@ class AllToAllDispatcher(Dispatcher):
         return AllToAllPlan(send, receive, token_map, tuple(row_map), offsets, rows_WW)
 
 
-def _rows_between_ranks(counts_WE: Tensor) -> Tensor:
+def rows_between_ranks(counts_WE: Tensor) -> Tensor:
     """[W, W] on the host: the choices that each rank has for the experts of each rank."""
     world = counts_WE.shape[0]
     return counts_WE.view(world, world, -1).sum(-1).cpu()
@@ -224,6 +221,11 @@ def _into_chunks(topk_idx_TK: Tensor, row_of: Tensor, first_W: Tensor, num_exper
     flat = torch.arange(row_of.numel(), dtype=torch.int32, device=row_of.device)
     src[torch.where(fits, row_of, world * chunk).flatten().long()] = flat
     return row_of, src[:-1].contiguous()
+
+
+def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """The next send[p] of `rows` go to rank p; receive[p] rows come from it. Differentiable."""
+    return _AllToAll.apply(rows, send, receive, group)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -7,18 +7,19 @@ from torch.distributed.tensor import DTensor, Shard
 
 from xtuner.config import ParallelConfig
 from xtuner.parallel.dispatch import AllToAllDispatcher, Dispatcher, FusedDispatcher
+from xtuner.parallel.dispatch_presum import PresumDispatcher
 from xtuner.parallel.layout import Layout
 from xtuner.parallel.world import World
 
 
 def make_dispatcher(cfg: ParallelConfig, layout: Layout, world: World) -> Dispatcher:
     """The one that `cfg` names, or fused where every group's ranks share a machine's memory. Collective over groups."""
-    kind = cfg.dispatcher
+    kind = "presum" if cfg.combine == "presum" else cfg.dispatcher
     if kind == "auto":
         on_one_host = world.local_size % cfg.ep_size == 0
         kind = "fused" if on_one_host and world.device.type == "cpu" else "all_to_all"
-    dispatcher = FusedDispatcher if kind == "fused" else AllToAllDispatcher
-    return dispatcher(
+    dispatchers = {"fused": FusedDispatcher, "all_to_all": AllToAllDispatcher, "presum": PresumDispatcher}
+    return dispatchers[kind](
         layout.ep.get_group(), mode=cfg.dispatch_mode, capacity_factor=cfg.capacity_factor, max_load=cfg.max_load
     )
 
@@ -26,8 +27,8 @@ def make_dispatcher(cfg: ParallelConfig, layout: Layout, world: World) -> Dispat
 def split_experts(model: nn.Module, layout: Layout, dispatcher: Dispatcher) -> None:
     """Keep this rank's experts of every MoE block of `model`, and let `dispatcher` take tokens to the others.
 
-    One dispatcher serves all layers: an exchange is over before the next begins. Parameters keep
-    their global shape as DTensors over the `ep` axis.
+    One dispatcher serves all layers: an exchange is over before the next begins. Parameters keep their global shape as
+    DTensors over the `ep` axis.
     """
     for layer in model.layers:
         if layer.is_moe:
