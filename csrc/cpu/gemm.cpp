@@ -12,10 +12,10 @@ namespace {
 // All sizes in elements. Packed V (256 KiB) and a slice of Q share a core's L2; V's panels pass through L1 one by one.
 constexpr int64_t packed_v_budget = 65536;
 constexpr int64_t slice_rows = 96;
-constexpr int64_t widest_v = 256;
+constexpr int64_t widest_v = 256, narrowest_v = 32;
 constexpr int64_t longest_q = 1024;      // beyond that, packing V again costs nothing any more
 constexpr int64_t longest_q_sums = 512;  // when all of a tile's sums wait in scratch
-constexpr int64_t tiles_per_thread = 6;  // so that the last tiles to finish leave little idle time
+constexpr int64_t tiles_per_thread = 3;  // so that the last tiles to finish leave little idle time
 constexpr int64_t cached_output = int64_t{16} << 20;  // bytes; more will not be found in cache by whoever reads it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,12 +37,34 @@ struct Task {
 
 }  // namespace
 
+// Of each packed element, in multiples of a plain copy; an operand read in place still has to come closer.
+constexpr double cost_of_turning = 2, cost_of_copying = 1, cost_in_place = 0.3;
+
+bool reads_q_in_place(const GemmProblem& p) { return p.q.col == 1 && !p.q.index; }
+
+// V is packed once per part of q, Q once per part of v. Of all parts with the work wanted, those for which least is
+// packed; narrow ones keep a wide range of k in packed_v_budget.
+void choose_parts(const GemmProblem& p, double outputs, int64_t v_halves, int64_t halves, int64_t q_most, int tile_rows,
+                  int tile_cols, GemmPlan& plan) {
+  const double v_cost = p.v.row == 1 ? cost_of_copying : cost_of_turning;
+  const double q_cost = reads_q_in_place(p) ? cost_in_place : cost_of_copying;
+  double least = 0;
+  for (int64_t widest = widest_v; widest >= narrowest_v; widest /= 2) {
+    const int64_t v = even_part(p.num_v, std::max<int64_t>(widest / v_halves, 1), tile_cols);
+    const double wanted = outputs / static_cast<double>(v * halves);
+    const int64_t q = even_part(p.num_q, std::clamp<int64_t>(static_cast<int64_t>(wanted), slice_rows, q_most), tile_rows);
+    const double cost = v_cost / static_cast<double>(q) + q_cost / static_cast<double>(v * v_halves);
+    if (least == 0 || cost < least) least = cost, plan.v_part = v, plan.q_part = q;
+  }
+}
+
 GemmPlan plan_gemm(const GemmProblem& p, double work_per_tile, int tile_rows, int tile_cols, bool pairs) {
   const KBlocks blocks(p, pairs ? 2 : 1);
   const bool turned = p.out.v_stride != 1, direct = sums_in_output(p.out);
   const int64_t halves = p.epilogue.half ? 2 : 1, v_halves = turned ? 1 : halves, q_halves = turned ? halves : 1;
   GemmPlan plan;
-  plan.v_part = even_part(p.num_v, widest_v / v_halves, tile_cols);
+  const int64_t q_most = direct ? longest_q : longest_q_sums;
+  choose_parts(p, work_per_tile / static_cast<double>(p.num_k), v_halves, halves, q_most, tile_rows, tile_cols, plan);
   const int64_t v_cols = v_halves * plan.v_part;
   plan.blocks_per_pass = std::clamp<int64_t>(packed_v_budget / (v_cols * blocks.length), 1, blocks.count);
   // The fewer columns of V there are, the less often a row of Q is used, and the longer the runs in which it should be
@@ -50,9 +72,6 @@ GemmPlan plan_gemm(const GemmProblem& p, double work_per_tile, int tile_rows, in
   plan.slice = std::max<int64_t>(1, slice_rows / plan.blocks_per_pass / tile_rows) * tile_rows;
   plan.packed_q_row = plan.blocks_per_pass * blocks.length + 16;  // no power of two: rows must not share cache sets
   const bool one_pass = plan.blocks_per_pass == blocks.count;
-  const int64_t q_most = one_pass || direct ? longest_q : longest_q_sums;
-  const double wanted = work_per_tile / (static_cast<double>(plan.v_part) * halves * p.num_k);
-  plan.q_part = even_part(p.num_q, std::clamp<int64_t>(static_cast<int64_t>(wanted), slice_rows, q_most), tile_rows);
   plan.packed_v = plan.blocks_per_pass * v_cols * blocks.length;
   plan.packed_q = plan.slice * plan.packed_q_row + 64;
   plan.sums = direct ? 0 : (one_pass ? plan.slice : q_halves * plan.q_part) * v_cols;
