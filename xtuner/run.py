@@ -1,4 +1,4 @@
-"""The one command: `python -m xtuner.run train | generate | data | convert | info`."""
+"""The one command: `python -m xtuner.run train | plan | generate | data | convert | info`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="sample from a Hugging Face directory")
     _lazy(generate, "xtuner.engine.generate")
+
+    plan = commands.add_parser("plan", help="memory, traffic and speed of a run on a machine you need not have")
+    _lazy(plan, "xtuner.plan.plan")
 
     data = commands.add_parser("data", help="show what the model will see of a data file")
     data.add_argument("files", nargs="+", type=Path, metavar="FILE")

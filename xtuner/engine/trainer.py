@@ -156,7 +156,7 @@ def _loop(run: Run) -> dict[str, Any]:
 
 
 def _build(cfg: TrainConfig, world: World) -> Run:
-    arch, source = _resolve_model(cfg)
+    arch, source = resolve_model(cfg)
     layout = build_layout(cfg.parallel, arch, world)
     tokenizer = cfg.data.tokenizer or source
     if tokenizer is None:
@@ -189,7 +189,7 @@ def _build(cfg: TrainConfig, world: World) -> Run:
     return Run(cfg, world, layout, arch, model, optimizer, loader, validation, writer)
 
 
-def _resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
+def resolve_model(cfg: TrainConfig) -> tuple[ModelConfig, Path | None]:
     """The architecture, and the directory its weights come from (None: fresh ones)."""
     arch, source = _chosen_model(cfg)
     if cfg.loss.bias_update_rate and arch.moe is None:

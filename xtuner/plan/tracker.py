@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed.tensor._sharding_prop as sharding_prop
@@ -68,6 +69,18 @@ class MemoryTracker(TorchDispatchMode):
             yield
         finally:
             self._phase, self._kind = before
+
+    def enter(self, name: str) -> None:
+        """The next part of the step begins, which makes activations."""
+        self._phase, self._kind = name, "activations"
+        self._note()
+
+    @property
+    def phase_name(self) -> str:
+        return self._phase
+
+    def observe(self, func: torch._ops.OpOverload, args: Any, result: Any) -> None:
+        """Called after every operator; for those who want to know more than memory."""
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
@@ -146,6 +159,7 @@ class MemoryTracker(TorchDispatchMode):
             self.label(made, "communication")
         if workspace:
             self._add(-workspace, "workspace")
+        self.observe(func, args, result)
         return result
 
     def __enter__(self):
@@ -184,7 +198,11 @@ class MemoryTracker(TorchDispatchMode):
 
 def _plain(tensor: Tensor) -> list[Tensor]:
     """The tensors with memory behind a wrapper such as DTensor."""
-    if isinstance(tensor, (DTensor, AsyncCollectiveTensor)) or is_traceable_wrapper_subclass(tensor):
+    if isinstance(tensor, DTensor):
+        return _plain(tensor._local_tensor)
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return _plain(tensor.elem)
+    if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [plain for name in names for plain in _plain(getattr(tensor, name))]
     return [tensor]

@@ -1,0 +1,108 @@
+"""The engine's step on tensors without data: the same bytes as with data, and for the biggest models a plan."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtuner.config import DataConfig, MemoryConfig, ModelSource, ParallelConfig, TrainConfig, load_config
+from xtuner.engine.trainer import resolve_model
+from xtuner.models import SIZES
+from xtuner.plan.device import DEVICES, get_device
+from xtuner.plan.simulate import simulate
+
+H800 = get_device("h800-80g")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def config(name="qwen3-moe-tiny", tokens=64, parallel=None, memory=None):
+    return TrainConfig(
+        model=ModelSource(name=name), data=DataConfig(pack_max_length=tokens), steps=1,
+        parallel=ParallelConfig(**parallel or {}), memory=MemoryConfig(**memory or {}),
+    )  # fmt: skip
+
+
+CASES = {
+    "FSDP 2": ("qwen3-moe-tiny", 2, {}, {}),
+    "FSDP 4, bfloat16": ("qwen3-moe-tiny", 4, {"compute_dtype": "bfloat16"}, {"reduce_dtype": "bfloat16"}),
+    "EP 2": ("qwen3-moe-tiny", 2, {"ep_size": 2}, {}),
+    "EP 2 x FSDP 2, recomputed": ("qwen3-moe-tiny", 4, {"ep_size": 2}, {"checkpointing": "full"}),
+    "SP 2": ("qwen3-moe-tiny", 2, {"sp_size": 2}, {}),
+    "dense, selective": ("qwen3-tiny", 2, {}, {"checkpointing": "selective"}),
+    "latent attention": ("deepseek-v3-tiny", 2, {"ep_size": 2}, {"checkpointing": "full", "offload_activations": True}),
+    "optimizer on the host": ("qwen3-moe-tiny", 2, {}, {"offload_optimizer": True}),
+    "all on the host": ("qwen3-moe-tiny", 2, {}, {"offload_parameters": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_bytes_as_with_data(case):
+    name, ranks, parallel, memory = CASES[case]
+    cfg, arch = config(name, 64, parallel, memory), SIZES[name]
+    torch.manual_seed(0)
+    trackers = [simulate(cfg, arch, ranks, H800, document=16, fake=fake).tracker for fake in (True, False)]
+    assert trackers[0].peak == trackers[1].peak, [t.peak for t in trackers]
+    assert trackers[0].phase_peaks == trackers[1].phase_peaks
+    assert trackers[0].host_peak == trackers[1].host_peak
+    assert trackers[0].timeline == trackers[1].timeline
+
+
+def test_imbalance_costs_memory_and_time():
+    cfg, arch = config(tokens=512, parallel={"ep_size": 4}), SIZES["qwen3-moe-tiny"]
+    even, skewed = (simulate(cfg, arch, 4, H800, imbalance=load) for load in (1.0, 1.5))
+    assert skewed.tracker.peak.device > even.tracker.peak.device
+    assert skewed.clock.seconds["forward", "grouped"] > even.clock.seconds["forward", "grouped"]
+
+
+def test_low_precision_reduction_halves_its_traffic():
+    runs = [
+        simulate(config(memory={"reduce_dtype": dtype}), SIZES["qwen3-moe-tiny"], 16, H800)
+        for dtype in ("float32", "bfloat16")
+    ]
+    for link in ("link", "network"):
+        full, half = (run.clock.traffic["reduce_scatter_base", link] for run in runs)
+        assert half == pytest.approx(full / 2)
+
+
+def test_arithmetic_of_a_step_is_the_formula():
+    """What operators count is what a token is said to cost, but for routers, which count as memory-bound."""
+    from xtuner.models import flops_per_token
+
+    cfg, arch = config("qwen3-tiny", tokens=256), SIZES["qwen3-tiny"]
+    run = simulate(cfg, arch, 2, H800)
+    # Attention's backward does five products for the forward's two, not four.
+    attention = 0.5 * 2 * 256 * arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim
+    assert run.clock.flops / 256 == pytest.approx(flops_per_token(arch, 256) + attention, rel=0.01)
+
+
+@pytest.mark.parametrize("example", ["pretrain_qwen3_235b", "pretrain_deepseek_v3", "pretrain_kimi_k2"])
+def test_example_builds_and_steps_on_fake_tensors(example):
+    cfg = load_config(str(EXAMPLES / f"{example}.toml"), [], TrainConfig).config
+    arch, _ = resolve_model(cfg)
+    few = arch.model_copy(update={"num_hidden_layers": 4, "dense_layers": arch.dense_layers[:1]})
+    run = simulate(cfg, few, 64, H800, imbalance=1.5)
+    assert 0 < run.tracker.peak.device < H800.memory_gib * 2**30
+    assert run.tracker.host_peak > 0
+
+
+def test_plan_command(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        'steps = 1\n[model]\nname = "qwen3-30b-a3b"\n[data]\npack_max_length = 4096\n'
+        '[parallel]\ncompute_dtype = "bfloat16"\nep_size = 8\n'
+    )
+    few = ["model.name=qwen3-moe-tiny", "model.path=null"]
+    command = [sys.executable, "-m", "xtuner.run", "plan", str(path), *few, "--gpus", "8", "--device", "a100-80g"]
+    done = subprocess.run([*command, "--png", str(tmp_path / "plan.png")], capture_output=True, text=True, timeout=200)
+    text = done.stdout
+    assert done.returncode == 0, done.stderr
+    assert "fits" in text and "tokens/device/s" in text and "alltoall_base" in text
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_every_device_is_described():
+    assert {"h100-80g", "h800-80g", "h200-141g", "a100-80g", "b200-180g", "ascend-910b-64g", "ascend-a3-64g"} == set(
+        DEVICES
+    )
