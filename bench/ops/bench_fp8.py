@@ -77,17 +77,17 @@ def bench_products(report: Report, experts: int, rows: int, k: int, n: int) -> N
     cases = {
         "forward": (
             partial(_C.gemm_m_grouped_fp8, xq, xs, wq, ws, offsets, y, threads),
-            partial(_C.gemm_m_grouped, x16, w16, offsets, True, y, threads),
+            partial(_C.gemm_m_grouped, x16, w16, offsets, True, out=y, num_threads=threads),
             partial(loop, xq, xs, wq, ws, y),
         ),
         "dgrad": (
             partial(_C.gemm_m_grouped_fp8, gq, gs, wt, wts, offsets, dx, threads),
-            partial(_C.gemm_m_grouped, g16, w16, offsets, False, dx, threads),
+            partial(_C.gemm_m_grouped, g16, w16, offsets, False, out=dx, num_threads=threads),
             partial(loop, gq, gs, wt, wts, dx),
         ),
         "wgrad": (
             partial(_C.gemm_k_grouped_fp8, gt, gts, xt, xts, offsets, 0.0, dw, threads),
-            partial(_C.gemm_k_grouped, g16, x16, offsets, 0.0, dw, threads),
+            partial(_C.gemm_k_grouped, g16, x16, offsets, 0.0, out=dw, num_threads=threads),
             weight_loop,
         ),
     }

@@ -13,9 +13,7 @@ namespace {
 const Kernels& kernels_avx512bf16() {
   static const Kernels table = [] {
     Kernels k = kernels_avx512;
-    k.name = "avx512bf16";
-    k.gemm_tile_bf16 = gemm_tile_avx512bf16;
-    k.gemm_pairs_bf16 = true;
+    use_avx512bf16(k);
     return k;
   }();
   return table;
@@ -26,7 +24,9 @@ std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> found = {&kernels_portable};
 #ifdef XT_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    found.push_back(&kernels_avx2);
+  }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     found.push_back(&kernels_avx512);

@@ -84,6 +84,7 @@ struct UnpermuteRows {
   void* dy;  // backward [R, H]
   float* dprobs;  // backward [T, K] or null
   bool stream;  // write out or dy past the cache; needs 64-byte aligned rows
+  bool far;  // forward: y lies beyond the caches
 };
 
 struct ScaleRule {
@@ -109,7 +110,7 @@ struct QuantizeTile {
   int64_t num_rows;
   int64_t row;  // elements from one row of x, and of q, to the next
   const void* x;
-  const void* next;  // the x of the tile that this thread is likely to do next, or null
+  const void* later;  // the x of a tile soon to come, or null
   void* q;
   void* qt;  // [128, 128], rows past num_rows of x become zero
   int64_t qt_row;
@@ -179,7 +180,9 @@ struct Kernels {
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
-void gemm_tile_avx512bf16(const GemmTile&, float* scratch);
+
+// Puts what this instruction set does better into a table of AVX-512.
+void use_avx512bf16(Kernels& k);
 
 // The table in use: the best one this machine can run, unless force_isa() says otherwise.
 const Kernels& kernels();

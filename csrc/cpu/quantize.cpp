@@ -11,6 +11,11 @@ namespace {
 constexpr int64_t block = 128;
 constexpr int64_t tiles_per_task = 8;  // side by side: 2 or 4 KiB of each row
 
+// Which block of rows, and of columns.
+struct Tile {
+  int64_t row, col;
+};
+
 ScaleRule rule_of(QuantizeParams params) { return {static_cast<float>(params.eps), params.power_of_two}; }
 
 char* address(const Tensor& t, int64_t element) { return t.ptr<char>() + element * size_of(t.dtype); }
@@ -42,14 +47,18 @@ std::vector<RowBlock> row_blocks(const Tensor& offsets) {
   return blocks;
 }
 
-// body(row of blocks, block, whether the block to its right is next) for rows x columns, a few side by side per task.
+// body(tile, the tile two on, or itself) for rows x columns, a few side by side per task. Memory answers too late for the
+// next tile.
 template <class Body>
 void for_each_tile(int num_threads, int64_t num_rows, int64_t num_cols, Body&& body) {
   const int64_t parts = (num_cols + tiles_per_task - 1) / tiles_per_task;
   parallel_for(num_threads, num_rows * parts, [&](int64_t task) {
     const int64_t row = task / parts, begin = task % parts * tiles_per_task;
     const int64_t end = std::min(num_cols, begin + tiles_per_task);
-    for (int64_t col = begin; col < end; ++col) body(row, col, col + 1 < end);
+    for (int64_t col = begin; col < end; ++col) {
+      const int64_t at = row * num_cols + col, later = std::min(at + 2, num_rows * num_cols - 1);
+      body(Tile{row, col}, Tile{later / num_cols, later % num_cols});
+    }
   });
 }
 
@@ -73,12 +82,12 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
   const Kernels& isa = kernels();
   const bool stream = worth_streaming(Tensor(q.data, q.dtype, {w.shape[0] * num_n, num_k})) &&
                       worth_streaming(Tensor(qt.data, qt.dtype, {w.shape[0] * num_k, num_n}));
-  for_each_tile(num_threads, w.shape[0] * row_blocks, num_k / block, [&](int64_t row, int64_t col, bool more) {
-    const int64_t at = row * block * num_k + col * block;
-    const int64_t turned = row / row_blocks * num_n * num_k + col * block * num_n + row % row_blocks * block;
-    isa.quantize_tile({w.dtype, q.dtype, rule_of(params), block, num_k, address(w, at),
-                       more ? address(w, at + block) : nullptr, address(q, at), address(qt, turned), num_n,
-                       scale.ptr<float>() + row * (num_k / block) + col, nullptr, stream});
+  const auto first = [&](Tile t) { return (t.row * num_k + t.col) * block; };
+  for_each_tile(num_threads, w.shape[0] * row_blocks, num_k / block, [&](Tile t, Tile later) {
+    const int64_t turned = t.row / row_blocks * num_n * num_k + t.col * block * num_n + t.row % row_blocks * block;
+    isa.quantize_tile({w.dtype, q.dtype, rule_of(params), block, num_k, address(w, first(t)), address(w, first(later)),
+                       address(q, first(t)), address(qt, turned), num_n,
+                       scale.ptr<float>() + t.row * (num_k / block) + t.col, nullptr, stream});
   });
 }
 
@@ -89,14 +98,14 @@ void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams para
   const int64_t num_blocks = static_cast<int64_t>(blocks.size()), padded = num_blocks * block;
   const Kernels& isa = kernels();
   const bool stream = worth_streaming(q) && worth_streaming(qt);
-  for_each_tile(num_threads, num_blocks, hidden / block, [&](int64_t row, int64_t col, bool more) {
-    const RowBlock& b = blocks[row];
-    const int64_t at = b.first * hidden + col * block;
-    isa.quantize_tile({x.dtype, q.dtype, rule_of(params), b.count, hidden, address(x, at),
-                       more ? address(x, at + block) : nullptr, address(q, at),
-                       address(qt, col * block * qt.shape[1] + b.padded), qt.shape[1],
-                       scale.ptr<float>() + col * scale.shape[1] + b.first,
-                       scale_t.ptr<float>() + row * hidden + col * block, stream});
+  const auto first = [&](Tile t) { return blocks[t.row].first * hidden + t.col * block; };
+  for_each_tile(num_threads, num_blocks, hidden / block, [&](Tile t, Tile later) {
+    const RowBlock& b = blocks[t.row];
+    isa.quantize_tile({x.dtype, q.dtype, rule_of(params), b.count, hidden, address(x, first(t)),
+                       address(x, first(later)), address(q, first(t)),
+                       address(qt, t.col * block * qt.shape[1] + b.padded), qt.shape[1],
+                       scale.ptr<float>() + t.col * scale.shape[1] + b.first,
+                       scale_t.ptr<float>() + t.row * hidden + t.col * block, stream});
   });
   zero_rows(q, used, rows, num_threads);
   zero_columns(scale, used, num_threads);

@@ -10,6 +10,7 @@ void unpermute(const Tensor& y, const Tensor& row_of, const Tensor* probs, const
   a.y = y.data;
   a.out = out.data;
   a.stream = worth_streaming(out);
+  a.far = y.shape[0] * row_bytes(y) > last_level_cache() / 4;
   const int64_t rows = y.shape[0], k_count = a.num_experts_per_tok;
   const Kernels& isa = kernels();
   FirstBad bad;

@@ -15,14 +15,14 @@ struct Fp8;
 template <>
 struct Fp8<e4m3_t> {
   static constexpr int mantissa = 3, bias = 7;
-  static constexpr float largest = 448.0f;
+  static constexpr float largest = 448.0f, half_unit = 256.0f;
   static constexpr int32_t special = 0x7f;   // first code that is no number, and the first NaN among those
   static constexpr int32_t nan = 0x7f;
 };
 template <>
 struct Fp8<e5m2_t> {
   static constexpr int mantissa = 2, bias = 15;
-  static constexpr float largest = 57344.0f;
+  static constexpr float largest = 57344.0f, half_unit = 1.0f;
   static constexpr int32_t special = 0x7c;
   static constexpr int32_t nan = 0x7d;
 };
@@ -33,9 +33,12 @@ struct Fp8Bits {
   static constexpr int shift = 23 - Fp8<F>::mantissa;
   static constexpr int32_t rebias = (127 - Fp8<F>::bias) << 23;
   static constexpr int32_t smallest_normal = rebias + (1 << 23);  // 2^(1 - bias), as a float's bits
-  // Added to a positive float below the smallest normal number, it leaves in the sum's low bits how often the smallest
-  // subnormal number goes into that float, rounded.
-  static constexpr int32_t rounder = rebias + ((shift + 1) << 23);
+  // Numbers come to fp8_codes_256() times 2^lift, so that the exponent of the smallest normal number, `shift` higher, ends
+  // in as many zeros as a code's exponent has bits.
+  static constexpr int exponent_bits = 7 - Fp8<F>::mantissa;
+  static constexpr int lifted = ((smallest_normal >> 23) + shift + (1 << (exponent_bits - 2))) >> exponent_bits
+                                << exponent_bits;
+  static constexpr int lift = lifted - shift - (smallest_normal >> 23);
 };
 
 // The numbers of codes in the low bytes of otherwise empty lanes; all of them are bfloat16 numbers, too.
@@ -54,23 +57,28 @@ XT_INLINE Vec fp8_values(typename Vec::Ints code) {
   return Vec::of(bits | (code & 0x80) << 24);
 }
 
-template <class Vec, class F>
-XT_INLINE Vec load_fp8(const F* from) {
-  return fp8_values<F, Vec>(Vec::load_bytes(&from->bits));
+// Codes in the upper bytes of 16-bit lanes, whose lower bytes hold anything, as half-precision numbers times half_unit.
+// Half precision keeps subnormal numbers in every mode; e5m2 is its upper byte, e4m3 lacks infinity and has another bias.
+template <class F, class Shorts>
+XT_INLINE Shorts fp8_halves(Shorts code) {
+  if constexpr (Fp8<F>::half_unit == 1) return code & -0x100;
+  const Shorts half = (code >> 1) & -0x4080;
+  return half | ((half + 0x80) & 0x4000);  // all ones become NaN
 }
 
-// Codes in the low bytes, for |x| that round to at most the largest number.
+// 256 times the codes of x / 2^lift, for x >= 0 that round to at most the largest number.
+// Added to a power of two 2^shift times its own (or the smallest normal number's, where that is more), x is rounded to the
+// format, and the sum's low bits hold how often the unit of that exponent goes into it. The sum's exponent times 2^mantissa
+// plus that number is the code, but for an offset, which the power of two carries in its low half to begin with.
 template <class F, class Vec>
-XT_INLINE typename Vec::Ints fp8_codes(Vec x) {
+XT_INLINE typename Vec::Ints fp8_codes_256(Vec x) {
   using Ints = typename Vec::Ints;
   using Floats = typename Vec::Floats;
   using Bits = Fp8Bits<F>;
-  const Ints bits = (Ints)x.v, size = bits & 0x7fffffff;
-  const Ints odd = (size >> Bits::shift) & 1;
-  const Ints normal = (size + ((1 << (Bits::shift - 1)) - 1 - Bits::rebias) + odd) >> Bits::shift;
-  const Ints rounder = Ints{} + Bits::rounder;
-  const Ints subnormal = (Ints)((Floats)size + (Floats)rounder) - rounder;
-  return (size < Bits::smallest_normal ? subnormal : normal) | ((bits >> 24) & 0x80);
+  constexpr int32_t smallest = Bits::smallest_normal + Bits::lift * (1 << 23), offset = Bits::lifted << Fp8<F>::mantissa;
+  const Ints power = Vec::template exceed<smallest, (Bits::lifted << 23) + (1 << 16) - offset>((Ints)x.v);
+  const Ints sum = (Ints)((Floats)x.v + (Floats)power);
+  return Vec::template add_halves<256, (2 << Fp8<F>::mantissa)>(sum);
 }
 
 }  // namespace xt::cpu

@@ -31,7 +31,7 @@ struct PeerRows {
 };
 
 // Columns [h, h + N * width) of one token: the sum stays in registers while k runs. A token's rows lie anywhere in
-// memory, which no hardware foresees, so each block asks for the same block of the next token.
+// memory, which no hardware foresees, so each block asks for the same block of the next token if they are far.
 template <bool Stream, class Vec, int N, class T, class Rows>
 XT_INLINE void sum_columns(const UnpermuteRows& a, const Rows& rows, int64_t token, bool last, int64_t h) {
   constexpr int width = Pair<Vec>::width;
@@ -39,7 +39,9 @@ XT_INLINE void sum_columns(const UnpermuteRows& a, const Rows& rows, int64_t tok
   Pair<Vec> acc[N];
   for (int j = 0; j < N; ++j) acc[j] = Pair<Vec>::zero();
   for (int64_t k = 0; k < k_count; ++k) {
-    if (const T* next_row = rows[next + k]) prefetch(next_row + h, N * width);
+    if (a.far) {
+      if (const T* next_row = rows[next + k]) prefetch(next_row + h, N * width);
+    }
     const T* row = rows[first + k];
     if (!row) continue;
     const Vec p = Vec::all(a.probs ? a.probs[first + k] : 1.0f);

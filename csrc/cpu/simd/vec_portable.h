@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/simd/bf16.h"
 #include "cpu/simd/fp8.h"
+#include "cpu/simd/transpose_bytes.h"
 
 namespace xt::cpu::portable {
 
@@ -30,8 +31,8 @@ struct Vec {
     return r;
   }
   static XT_INLINE Vec load(const bf16_t* p) { return {Floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}}; }
-  static XT_INLINE Vec load(const e4m3_t* p) { return load_fp8<Vec>(p); }
-  static XT_INLINE Vec load(const e5m2_t* p) { return load_fp8<Vec>(p); }
+  static XT_INLINE Vec load(const e4m3_t* p) { return fp8_values<e4m3_t, Vec>(load_bytes(&p->bits)); }
+  static XT_INLINE Vec load(const e5m2_t* p) { return fp8_values<e5m2_t, Vec>(load_bytes(&p->bits)); }
   // The first n elements, n < width; the rest is zero.
   template <class T>
   static XT_INLINE Vec load(const T* p, int n) {
@@ -69,15 +70,74 @@ struct Vec {
   static XT_INLINE void fence() {}
   static XT_INLINE Vec of(Ints bits) { return {(Floats)bits}; }
   static XT_INLINE Ints load_bytes(const uint8_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
-  // Lanes, in [0, 255], of four vectors in a row as bytes.
-  static XT_INLINE Vec pack_bytes(Ints a, Ints b, Ints c, Ints d) {
+  // Base plus what the exponent of i, as a float's bits, is above that of Least, if it is. Least is a power of two; a
+  // difference is less than 32 and shares no bits with Base's exponent.
+  template <int32_t Least, int32_t Base>
+  static XT_INLINE Ints exceed(Ints i) {
+    const Ints least = Ints{} + Least, at_least = i > least ? i : least;
+    return (at_least & 0x7f800000) + (Base - Least);
+  }
+  // Per lane Low times the signed lower half plus High times the upper half.
+  template <int16_t Low, int16_t High>
+  static XT_INLINE Ints add_halves(Ints i) {
+    return (i << 16 >> 16) * Low + (i >> 16) * High;
+  }
+  // The signs of 4 * width elements, in the order of codes_of().
+  static XT_INLINE Bytes16 signs(const float* p) {
+    Ints x[4];
+    __builtin_memcpy(x, p, 64);
+    return fourth_bytes(x[0], x[1], x[2], x[3]);
+  }
+  static XT_INLINE Bytes16 signs(const bf16_t* p) {
+    Bytes16 x[2];
+    __builtin_memcpy(x, p, 32);
+    return odd_bytes(x[0], x[1]);
+  }
+  // The second bytes of lanes in [0, 2^15), or anything for other lanes, with signs, in the order of memory: of vectors that
+  // lay there one by one, or as pairs.
+  template <class T>
+  static XT_INLINE Vec codes_of(Ints a, Ints b, Ints c, Ints d, Bytes16 signs) {
+    Bytes16 bytes = fourth_bytes(a << 16, b << 16, c << 16, d << 16);
+    if constexpr (sizeof(T) == 2) {
+      bytes = __builtin_shufflevector(bytes, bytes, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    }
+    return {(Floats)(bytes | (signs & 0x80))};
+  }
+  // Wider vectors do this to each 16 bytes.
+  template <class T>
+  static constexpr int code_place(int i) {
+    return i;
+  }
+  template <class T>
+  XT_INLINE Vec in_order() const {
+    return *this;
+  }
+  static XT_INLINE Bytes16 odd_bytes(Bytes16 a, Bytes16 b) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  }
+  static XT_INLINE Bytes16 fourth_bytes(Ints a, Ints b, Ints c, Ints d) {
     typedef int16_t Shorts __attribute__((vector_size(16)));
-    typedef int8_t Bytes __attribute__((vector_size(16)));
-    const Shorts ab = __builtin_shufflevector((Shorts)a, (Shorts)b, 0, 2, 4, 6, 8, 10, 12, 14);
-    const Shorts cd = __builtin_shufflevector((Shorts)c, (Shorts)d, 0, 2, 4, 6, 8, 10, 12, 14);
-    const Bytes bytes =
-        __builtin_shufflevector((Bytes)ab, (Bytes)cd, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return {(Floats)bytes};
+    const Shorts ab = __builtin_shufflevector((Shorts)a, (Shorts)b, 1, 3, 5, 7, 9, 11, 13, 15);
+    const Shorts cd = __builtin_shufflevector((Shorts)c, (Shorts)d, 1, 3, 5, 7, 9, 11, 13, 15);
+    return odd_bytes((Bytes16)ab, (Bytes16)cd);
+  }
+  // Its 16 bytes; a wider vector stores each of its 16 bytes `step` bytes apart.
+  XT_INLINE void store_lanes(uint8_t* to, int64_t) const { __builtin_memcpy(to, &v, 16); }
+  // Bytes alternately of a and b, from the low (or high) half of each 16.
+  static XT_INLINE Vec interleave_low(Vec a, Vec b) {
+    return {(Floats)cpu::interleave_low((Bytes16)a.v, (Bytes16)b.v)};
+  }
+  static XT_INLINE Vec interleave_high(Vec a, Vec b) {
+    return {(Floats)cpu::interleave_high((Bytes16)a.v, (Bytes16)b.v)};
+  }
+  // 4 * width numbers: in their order when T is float, else as two load_pair()s.
+  template <class T, class F>
+  static XT_INLINE void load_fp8(const F* p, Vec* to) {
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* at = &p->bits + (sizeof(T) == 4 ? i * width : i / 2 * 2 * width + i % 2);
+      const int step = sizeof(T) == 4 ? 1 : 2;
+      to[i] = fp8_values<F, Vec>(Ints{at[0], at[step], at[2 * step], at[3 * step]});
+    }
   }
   static XT_INLINE int32_t largest(Ints i) {
     const int32_t a = i[0] > i[1] ? i[0] : i[1], b = i[2] > i[3] ? i[2] : i[3];
