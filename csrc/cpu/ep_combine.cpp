@@ -22,6 +22,7 @@ void ep_combine(const Tensor& y, const EpRoute& map, const Peers& peers, const T
   a.probs = probs ? probs->ptr<float>() : nullptr;
   a.out = out.data;
   a.stream = worth_streaming(out);
+  a.far = true;
   const PeerTable table = {route.dest, rows.table()};
   const Kernels& isa = kernels();
   FirstBad bad;

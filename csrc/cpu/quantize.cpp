@@ -47,8 +47,8 @@ std::vector<RowBlock> row_blocks(const Tensor& offsets) {
   return blocks;
 }
 
-// body(tile, the tile two on, or itself) for rows x columns, a few side by side per task. Memory answers too late for the
-// next tile.
+// body(tile, a later one) for rows x columns, a few side by side per task. The later one is two on: memory answers too
+// late for the next.
 template <class Body>
 void for_each_tile(int num_threads, int64_t num_rows, int64_t num_cols, Body&& body) {
   const int64_t parts = (num_cols + tiles_per_task - 1) / tiles_per_task;

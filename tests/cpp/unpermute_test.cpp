@@ -62,6 +62,38 @@ void check_backward(const RandomRouting& m, DType dtype, int64_t h, bool weighte
   expect_same_bits(Array(dtype, {m.r, h}), run);
 }
 
+// All 65536 numbers times a weight: products in the middle between two numbers, subnormal ones, overflow, NaN.
+TEST(Unpermute, RoundsAllBfloat16ToNearestEven) {
+  const std::vector<float> probs = {1.0f, 0.5f, 0.99609375f, 1.00390625f, 1.5f, -3.0e-5f, 0x1p-100f, 1.9e37f, 0.0f};
+  const int64_t t = static_cast<int64_t>(probs.size()), h = 1 << 16;
+  Array y(DType::bf16, {t, h});
+  std::vector<int32_t> rows(t);
+  for (int64_t i = 0; i < t; ++i) {
+    rows[i] = static_cast<int32_t>(i);
+    for (int64_t j = 0; j < h; ++j) y.view().ptr<bf16_t>()[i * h + j] = static_cast<bf16_t>(j);
+  }
+  const Tensor weights = view(probs, {t, 1}), row_of = view(rows, {t, 1}), src = view(rows, {t});
+  for_each_isa([&] {
+    Array out(DType::bf16, {t, h}), dy(DType::bf16, {t, h});
+    unpermute(y.view(), row_of, &weights, out.view(), {});
+    unpermute_bwd(y.view(), nullptr, src, row_of, &weights, dy.view(), nullptr, {});
+    for (int64_t i = 0; i < t * h; ++i) {
+      const float product = probs[i / h] * widen(static_cast<bf16_t>(i % h));
+      const bf16_t sum = out.view().ptr<bf16_t>()[i], gradient = dy.view().ptr<bf16_t>()[i];
+      if (std::isnan(product)) {
+        ASSERT_TRUE(std::isnan(widen(sum)) && std::isnan(widen(gradient))) << "code " << i % h << " * " << probs[i / h];
+        continue;
+      }
+      if (sum << 1 & 0xffff) {  // the sign of a sum that is zero depends on whether multiplication and addition are fused
+        ASSERT_EQ(sum, narrow(product)) << "code " << i % h << " * " << probs[i / h];
+      } else {
+        ASSERT_EQ(narrow(product) << 1 & 0xffff, 0) << "code " << i % h << " * " << probs[i / h];
+      }
+      ASSERT_EQ(gradient, narrow(product)) << "code " << i % h << " * " << probs[i / h];
+    }
+  });
+}
+
 TEST(Unpermute, Fuzz) {
   Rng rng(1);
   for_each_isa([&] {
@@ -92,7 +124,7 @@ TEST(Unpermute, StreamingGivesTheSameBits) {
           std::vector<float> dprobs(m.t * m.k);
           const cpu::UnpermuteRows a = {dtype, h, m.k, m.row_of.data(), weighted ? m.probs.data() : nullptr,
                                         y.view().data, out.data(), dout.view().data, dy.data(),
-                                        want_dprobs ? dprobs.data() : nullptr, stream};
+                                        want_dprobs ? dprobs.data() : nullptr, stream, stream};
           cpu::kernels().unpermute(a, 0, m.t);
           cpu::kernels().unpermute_bwd(a, 0, m.t);
           std::string bits(reinterpret_cast<const char*>(out.data()), out.size() * 64);

@@ -150,7 +150,7 @@ TEST(Wide, SwigluAndUnpermute) {
     const float probs[2] = {0.25f, -3.0f};
     float dprobs[2];
     UnpermuteRows u = {DType::f32,       n,       2, row_of, probs, y.view().data, mixed.view().data, dout.view().data,
-                       dy.view().data, dprobs, false};
+                       dy.view().data, dprobs, false, true};
     unpermute_tokens<Wide>(u, 0, 1);
     unpermute_bwd_tokens<Wide>(u, 0, 1);
     double dots[2] = {0, 0};

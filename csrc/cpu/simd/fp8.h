@@ -33,8 +33,8 @@ struct Fp8Bits {
   static constexpr int shift = 23 - Fp8<F>::mantissa;
   static constexpr int32_t rebias = (127 - Fp8<F>::bias) << 23;
   static constexpr int32_t smallest_normal = rebias + (1 << 23);  // 2^(1 - bias), as a float's bits
-  // Numbers come to fp8_codes_256() times 2^lift, so that the exponent of the smallest normal number, `shift` higher, ends
-  // in as many zeros as a code's exponent has bits.
+  // Numbers come to fp8_codes_256() times 2^lift, so that the exponent of the smallest normal number, `shift` higher,
+  // ends in as many zeros as a code's exponent has bits. (Not far up, lest 1 / scale overflows.)
   static constexpr int exponent_bits = 7 - Fp8<F>::mantissa;
   static constexpr int lifted = ((smallest_normal >> 23) + shift + (1 << (exponent_bits - 2))) >> exponent_bits
                                 << exponent_bits;
@@ -58,7 +58,7 @@ XT_INLINE Vec fp8_values(typename Vec::Ints code) {
 }
 
 // Codes in the upper bytes of 16-bit lanes, whose lower bytes hold anything, as half-precision numbers times half_unit.
-// Half precision keeps subnormal numbers in every mode; e5m2 is its upper byte, e4m3 lacks infinity and has another bias.
+// Half precision keeps subnormal numbers in every mode. e5m2 is its upper byte; e4m3 has another bias and no infinity.
 template <class F, class Shorts>
 XT_INLINE Shorts fp8_halves(Shorts code) {
   if constexpr (Fp8<F>::half_unit == 1) return code & -0x100;
@@ -67,16 +67,17 @@ XT_INLINE Shorts fp8_halves(Shorts code) {
 }
 
 // 256 times the codes of x / 2^lift, for x >= 0 that round to at most the largest number.
-// Added to a power of two 2^shift times its own (or the smallest normal number's, where that is more), x is rounded to the
-// format, and the sum's low bits hold how often the unit of that exponent goes into it. The sum's exponent times 2^mantissa
-// plus that number is the code, but for an offset, which the power of two carries in its low half to begin with.
+// Added to a power of two 2^shift times its own (or the smallest normal number's, where that is more), x is rounded to
+// the format, and the sum's low bits hold how often the unit of that exponent goes into it. The sum's exponent times
+// 2^mantissa plus that number is the code, but for an offset, which the power of two carries in its low half.
 template <class F, class Vec>
 XT_INLINE typename Vec::Ints fp8_codes_256(Vec x) {
   using Ints = typename Vec::Ints;
   using Floats = typename Vec::Floats;
   using Bits = Fp8Bits<F>;
-  constexpr int32_t smallest = Bits::smallest_normal + Bits::lift * (1 << 23), offset = Bits::lifted << Fp8<F>::mantissa;
-  const Ints power = Vec::template exceed<smallest, (Bits::lifted << 23) + (1 << 16) - offset>((Ints)x.v);
+  constexpr int32_t smallest = Bits::smallest_normal + Bits::lift * (1 << 23);
+  constexpr int32_t base = (Bits::lifted << 23) + (1 << 16) - (Bits::lifted << Fp8<F>::mantissa);
+  const Ints power = Vec::template exceed<smallest, base>((Ints)x.v);
   const Ints sum = (Ints)((Floats)x.v + (Floats)power);
   return Vec::template add_halves<256, (2 << Fp8<F>::mantissa)>(sum);
 }

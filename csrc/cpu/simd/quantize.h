@@ -91,8 +91,8 @@ XT_INLINE void store_bytes(Vec bytes, uint8_t* to, bool stream) {
   stream ? bytes.stream(p) : bytes.store(p);
 }
 
-// The absolute values of 4 * width numbers: of floats in their order, of bfloat16 the even ones of the first half, its odd
-// ones, and the same of the second half.
+// The absolute values of 4 * width numbers: of floats in their order, of bfloat16 the even ones of the first half, its
+// odd ones, and the same of the second half.
 template <class Vec>
 XT_INLINE void load_sizes(const float* x, Vec* sizes) {
   for (int i = 0; i < 4; ++i) sizes[i] = Vec::of((typename Vec::Ints)Vec::load(x + i * Vec::width).v & 0x7fffffff);
@@ -155,16 +155,18 @@ void quantize_rows_typed(const QuantizeRows& a, int64_t begin, int64_t end) {
   if (a.stream) Vec::fence();
 }
 
-// Codes of a 128 x 128 block of T, so laid out that vectors transpose them: the same 16 places of all rows lie together, and
-// of those the rows r, r + 16, r + 32 ... that fill a vector.
+// Codes of a 128 x 128 block of T, so laid out that vectors transpose them: 16 places of all rows lie together, and of
+// those the rows r, r + 16, r + 32 ... that fill a vector.
 template <class Vec, class T>
 struct Turned {
-  static constexpr int step = 4 * Vec::width;                      // codes in a vector
-  static constexpr int64_t group = step;                           // rows that are transposed at once
-  static constexpr int64_t place_step = 16 * fp8_block;            // from 16 places to the next
+  static constexpr int step = 4 * Vec::width;            // codes in a vector
+  static constexpr int64_t group = step;                 // rows that are transposed at once
+  static constexpr int64_t place_step = 16 * fp8_block;  // from 16 places to the next
   alignas(64) uint8_t bytes[fp8_block * fp8_block];
 
-  static XT_INLINE int64_t row_start(int64_t r) { return r / group * group * 16 + r % 16 * group + r % group / 16 * 16; }
+  static XT_INLINE int64_t row_start(int64_t r) {
+    return r / group * group * 16 + r % 16 * group + r % group / 16 * 16;
+  }
   static XT_INLINE int64_t column_of(int64_t place) {
     return place / step * step + Vec::template code_place<T>(static_cast<int>(place % step));
   }
@@ -247,11 +249,12 @@ void quantize_square_typed(const QuantizeTile& a) {
   turned.store(static_cast<uint8_t*>(a.qt), a.qt_row, a.stream);
 }
 
-// Maxima of 128 blocks to their scales and to what fp8_codes_256() wants their numbers multiplied by.
+// Maxima of 128 blocks to their scales, and to what fp8_codes_256() wants their numbers multiplied by.
 template <class Vec, class F>
 XT_INLINE void scales_of(const int32_t* maxima, ScaleRule rule, float* scale, float* factor) {
   using Ints = typename Vec::Ints;
-  const Vec eps = Vec::all(rule.eps), largest = Vec::all(Fp8<F>::largest), one = Vec::all(1.0f), lift = Vec::all(lift_of<F>());
+  const Vec eps = Vec::all(rule.eps), largest = Vec::all(Fp8<F>::largest);
+  const Vec one = Vec::all(1.0f), lift = Vec::all(lift_of<F>());
   for (int i = 0; i < fp8_block; i += Vec::width) {
     Ints bits;
     __builtin_memcpy(&bits, maxima + i, sizeof(bits));

@@ -108,8 +108,8 @@ struct Vec {
     const __m256i* x = reinterpret_cast<const __m256i*>(p);
     return _mm256_packs_epi16(_mm256_loadu_si256(x), _mm256_loadu_si256(x + 1));
   }
-  // The second bytes of lanes in [0, 2^15), or anything for other lanes, with signs. Of each 16 the first four are of a, then come b, c
-  // and d where T is float; pairs a and b are in the order of memory, then come c and d.
+  // The second bytes of lanes in [0, 2^15), anything for other lanes, with signs. Of each 16 the first four are a's,
+  // then come b, c and d where T is float; pairs a and b are in the order of memory, then come c and d.
   template <class T>
   static XT_INLINE Vec codes_of(Ints a, Ints b, Ints c, Ints d, __m256i signs) {
     const __m256i ab = _mm256_packs_epi32((__m256i)a, (__m256i)b), cd = _mm256_packs_epi32((__m256i)c, (__m256i)d);
@@ -167,7 +167,8 @@ struct Vec {
     };
     if constexpr (sizeof(T) == 4) {
       for (int i = 0; i < 4; i += 2) {
-        const auto bytes = (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * width)));
+        const auto* at = reinterpret_cast<const __m128i*>(p + i * width);
+        const auto bytes = (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128(at));
         widen_both(bytes << 8, to[i], to[i + 1]);
       }
     } else {

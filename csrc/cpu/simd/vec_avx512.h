@@ -76,7 +76,8 @@ struct Vec {
 #ifdef __AVX512BF16__
     // The instruction rounds as rounded() does, but takes subnormal numbers for zero.
     constexpr int subnormal = 0x20;
-    if (__builtin_expect((_mm512_fpclass_ps_mask(even.v, subnormal) | _mm512_fpclass_ps_mask(odd.v, subnormal)) == 0, 1)) {
+    const __mmask16 flushed = _mm512_fpclass_ps_mask(even.v, subnormal) | _mm512_fpclass_ps_mask(odd.v, subnormal);
+    if (__builtin_expect(flushed == 0, 1)) {
       return interleave_halves((__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v));
     }
 #else
@@ -123,8 +124,8 @@ struct Vec {
   static XT_INLINE __m512i signs(const bf16_t* p) {
     return _mm512_packs_epi16(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 2 * width));
   }
-  // The second bytes of lanes in [0, 2^15), or anything for other lanes, with signs. Of each 16 the first four are of a, then come b, c
-  // and d where T is float; pairs a and b are in the order of memory, then come c and d.
+  // The second bytes of lanes in [0, 2^15), anything for other lanes, with signs. Of each 16 the first four are a's,
+  // then come b, c and d where T is float; pairs a and b are in the order of memory, then come c and d.
   template <class T>
   static XT_INLINE Vec codes_of(Ints a, Ints b, Ints c, Ints d, __m512i signs) {
     const __m512i ab = _mm512_packs_epi32((__m512i)a, (__m512i)b), cd = _mm512_packs_epi32((__m512i)c, (__m512i)d);
@@ -190,7 +191,8 @@ struct Vec {
     };
     if constexpr (sizeof(T) == 4) {
       for (int i = 0; i < 4; i += 2) {
-        const auto bytes = (Shorts)_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i * width)));
+        const auto* at = reinterpret_cast<const __m256i*>(p + i * width);
+        const auto bytes = (Shorts)_mm512_cvtepu8_epi16(_mm256_loadu_si256(at));
         widen_both(bytes << 8, to[i], to[i + 1]);
       }
     } else {
@@ -203,9 +205,10 @@ struct Vec {
 #ifdef __AVX512BF16__
   // 16-bit lanes alternately from the lower and the upper half.
   static XT_INLINE __m512i interleave_halves(__m512i i) {
-    const __m512i first = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
-                                            0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-    return _mm512_permutexvar_epi16(first, i);
+    const __m512i order = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006,
+                                            0x170007, 0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d,
+                                            0x1e000e, 0x1f000f);
+    return _mm512_permutexvar_epi16(order, i);
   }
   // Pairs as they lie in memory.
   static XT_INLINE Vec load_units(const bf16_t* p) { return {_mm512_loadu_ps(p)}; }

@@ -93,8 +93,8 @@ struct Vec {
     __builtin_memcpy(x, p, 32);
     return odd_bytes(x[0], x[1]);
   }
-  // The second bytes of lanes in [0, 2^15), or anything for other lanes, with signs, in the order of memory: of vectors that
-  // lay there one by one, or as pairs.
+  // The second bytes of lanes in [0, 2^15), or anything for other lanes, with signs, in the order of memory: of vectors
+  // that lay there one by one, or as pairs.
   template <class T>
   static XT_INLINE Vec codes_of(Ints a, Ints b, Ints c, Ints d, Bytes16 signs) {
     Bytes16 bytes = fourth_bytes(a << 16, b << 16, c << 16, d << 16);
