@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -40,7 +40,6 @@ class Simulation:
 
     tracker: MemoryTracker
     clock: Clock
-    data_ranks: int
 
 
 def simulate(
@@ -72,22 +71,29 @@ def simulate(
             optimizer = build_adamw(model, cfg.optim)
             if cfg.memory.offload_optimizer:
                 keep_state_on_host(optimizer)
-            batch = layout.slice(_batch(cfg.data.pack_max_length * cfg.micro_batch_size, document))
-            tracker = _Recorder(Clock(device), on_host=cfg.memory.offload_parameters)
-            tracker.label(model.parameters(), tracker.state_kind("parameters"))
-            tracker.label(model.buffers(), "parameters")
-            optimizer.step = _during(tracker, "update", tracker.state_kind("optimizer"), optimizer.step)
-            model.register_forward_pre_hook(lambda *_: tracker.enter("forward"))
-            model.register_forward_hook(lambda *_: tracker.enter("backward"))
-            with tracker, _labelled(tracker):
-                for _ in range(STEPS):
-                    tracker.clock = Clock(device)
-                    tracker.enter("forward")
-                    engine_step.train_step(model, optimizer, [batch], cfg.loss, cfg.optim.max_grad_norm, world)
-                    tracker.enter("between")
-        return Simulation(tracker, tracker.clock, layout.data_size)
+            batch = layout.slice(planned_batch(cfg.data.pack_max_length * cfg.micro_batch_size, document))
+            return record_steps(cfg, model, optimizer, batch, world, device)
     finally:
         dist.destroy_process_group()
+
+
+def record_steps(
+    cfg: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, world: World, device: Device
+) -> Simulation:
+    """Two steps on this rank's `batch`, watched. Also of use on real ranks, to hold a plan against."""
+    tracker = _Recorder(Clock(device), on_host=cfg.memory.offload_parameters)
+    tracker.label(model.parameters(), tracker.state_kind("parameters"))
+    tracker.label(model.buffers(), "parameters")
+    optimizer.step = _during(tracker, "update", tracker.state_kind("optimizer"), optimizer.step)
+    model.register_forward_pre_hook(lambda *_: tracker.enter("forward"))
+    model.register_forward_hook(lambda *_: tracker.enter("backward"))
+    with tracker, _labelled(tracker):
+        for _ in range(STEPS):
+            tracker.clock = Clock(device)
+            tracker.enter("forward")
+            engine_step.train_step(model, optimizer, [batch], cfg.loss, cfg.optim.max_grad_norm, world)
+            tracker.enter("between")
+    return Simulation(tracker, tracker.clock)
 
 
 class _Recorder(MemoryTracker):
@@ -211,14 +217,15 @@ def _spread(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def _batch(tokens: int, document: int | None) -> Batch:
+def planned_batch(tokens: int, document: int | None) -> Batch:
     document = min(document or tokens, tokens)
     bounds = [*range(0, tokens, document), tokens]
+    positions = [torch.arange(end - start) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     return Batch(
         input_ids=torch.zeros(tokens, dtype=torch.int64),
         labels=torch.zeros(tokens, dtype=torch.int64),
         loss_weights=torch.ones(tokens),
-        positions=torch.zeros(1, tokens, dtype=torch.int64),
+        positions=torch.cat(positions)[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=document,
     )
