@@ -7,6 +7,7 @@ from xtuner.config.memory import MemoryConfig
 from xtuner.config.model import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from xtuner.config.train import (
     CheckpointConfig,
+    Fp8Config,
     LogConfig,
     LossConfig,
     ModelSource,
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigBase",
     "DataConfig",
+    "Fp8Config",
     "LoadedConfig",
     "LogConfig",
     "LossConfig",

@@ -94,6 +94,12 @@ class ParallelConfig(ConfigBase):
         return self
 
 
+class Fp8Config(ConfigBase):
+    enabled: bool = Field(
+        False, description="projections, feed-forward layers and experts multiply in float8 (e4m3, block scales)"
+    )
+
+
 class CheckpointConfig(ConfigBase):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: none but the final one")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay on disk")
@@ -140,6 +146,7 @@ class TrainConfig(ConfigBase):
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="learning rate over the steps")
     parallel: ParallelConfig = Field(ParallelConfig(), description="sharding and precision")
     memory: MemoryConfig = Field(MemoryConfig(), description="what is recomputed or kept on the host")
+    fp8: Fp8Config = Field(Fp8Config(), description="products in float8")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what is saved, and when")
     validation: ValidationConfig = Field(ValidationConfig(), description="held-out loss")
     log: LogConfig = Field(LogConfig(), description="metrics and samples")
@@ -150,6 +157,11 @@ class TrainConfig(ConfigBase):
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} + schedule.decay_steps="
                 f"{self.schedule.decay_steps} exceed steps={self.steps}"
+            )
+        if self.fp8.enabled and self.memory.offload_parameters:
+            raise ValueError(
+                "fp8.enabled=true gathers weights as float8 from the device, but memory.offload_parameters=true keeps "
+                "them on the host; use memory.offload_optimizer instead"
             )
         if self.optim.kind == "muon" and self.memory.offload_optimizer:
             raise ValueError(

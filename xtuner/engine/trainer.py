@@ -28,6 +28,7 @@ from xtuner.engine.validate import validation_loss
 from xtuner.engine.watchdog import Watchdog
 from xtuner.errors import ConfigError, DataError
 from xtuner.models import SIZES, build_model, config_from_hf, hf_map
+from xtuner.nn.fp8 import use_fp8
 from xtuner.ops import watch_faults
 from xtuner.optim import build_optimizer, keep_state_on_host, learning_rate
 from xtuner.parallel import Layout, World, build_layout, init_world, materialize, parallelize
@@ -177,7 +178,10 @@ def _build(cfg: TrainConfig, world: World) -> Run:
     if world.device.type == "cuda":
         watch_faults(world.device)
     # Built without memory, laid out, and only then filled: no rank ever holds the whole model.
-    model = parallelize(build_model(arch, device="meta"), layout, cfg.parallel, world, cfg.memory)
+    model = build_model(arch, device="meta")
+    if cfg.fp8.enabled:
+        use_fp8(model.layers)
+    model = parallelize(model, layout, cfg.parallel, world, cfg.memory)
     materialize(model, world, cfg.memory)
     model.init_weights(cfg.seed)
     if source is not None:

@@ -11,6 +11,8 @@ from xtuner import ops
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020). w13 [2I, D] holds gate rows, then up rows; w2 is [D, I]."""
 
+    fp8 = False
+
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.stacked = {"w13": 2}  # matrices in one parameter
@@ -18,4 +20,5 @@ class MLP(nn.Module):
         self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return ops.linear(ops.swiglu(ops.linear(x_TD, self.w13)), self.w2)
+        linear = ops.linear_fp8 if self.fp8 else ops.linear
+        return linear(ops.swiglu(linear(x_TD, self.w13)), self.w2)

@@ -14,6 +14,7 @@ from xtuner.ops.gemm_m_grouped import gemm_m_grouped, gemm_m_grouped_swiglu
 from xtuner.ops.host import to_device, to_host
 from xtuner.ops.linear import linear
 from xtuner.ops.linear_cross_entropy import linear_cross_entropy
+from xtuner.ops.linear_fp8 import Float8Weight, linear_fp8
 from xtuner.ops.permute import permute
 from xtuner.ops.quantize import dequantize, quantize_1x128, quantize_128x128, quantize_rowcol
 from xtuner.ops.rms_norm import rms_norm
@@ -26,6 +27,7 @@ from xtuner.ops.unpermute import unpermute
 __all__ = [
     "EpGroup",
     "EpRoute",
+    "Float8Weight",
     "OpError",
     "attention",
     "chunked_loss",
@@ -43,6 +45,7 @@ __all__ = [
     "gemm_m_grouped_swiglu",
     "linear",
     "linear_cross_entropy",
+    "linear_fp8",
     "permute",
     "quantize_1x128",
     "quantize_128x128",

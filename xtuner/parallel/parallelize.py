@@ -6,6 +6,7 @@ from torch import nn
 
 from xtuner.config import MemoryConfig, ParallelConfig
 from xtuner.parallel.expert import make_dispatcher, split_experts
+from xtuner.parallel.fp8 import gather_in_fp8
 from xtuner.parallel.fsdp import shard_model
 from xtuner.parallel.layout import Layout
 from xtuner.parallel.recompute import recompute_blocks
@@ -33,3 +34,4 @@ def materialize(model: nn.Module, world: World, memory: MemoryConfig) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(world.device))
+    gather_in_fp8(model)
