@@ -42,6 +42,13 @@ def test_sides_in_processes_of_their_own(tmp_path):
     assert report["largest_relative_loss_difference"] < 1e-4
 
 
+def test_slow_rivals_may_stop_early(tmp_path):
+    command = [sys.executable, str(BENCH), *TINY.split(), "--implementations", "grouped_mm", "--rival-steps", "1"]
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, timeout=120, capture_output=True)
+    ours, theirs = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(ours["losses"]) == 2 and len(theirs["losses"]) == 1 and theirs["median_s"] > 0
+
+
 def test_curves_profile_and_emulation(tmp_path):
     modes = ["--curve", "--lr", "1e-3", "--profile"]
     command = [sys.executable, str(BENCH), *TINY.split(), *modes, "--json", str(tmp_path / "out.json")]
