@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtuner import ops
@@ -53,7 +52,7 @@ class Router(nn.Module):
 
         Given `topk_idx` the choice is replayed; the weights still come from the live logits, with gradient.
         """
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = ops.linear(x_TD.float(), self.weight.float())
         bias = None if self.choice_bias is None else self.choice_bias.float()
         weights_TK, idx_TK, *sums = ops.topk_softmax(logits_TE, self.top_k, self.normalise, bias, topk_idx)
         return weights_TK, idx_TK, RouterStats(*sums, idx_TK.int())

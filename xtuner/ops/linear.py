@@ -15,18 +15,20 @@ from xtuner.ops._lib import OpError, autograd, define, once_differentiable
 _TORCH_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-# Outputs from which the core is faster in float32: a head, not a projection. With 8192 outputs torch (MKL)
-# takes 1.2 times as long forward and 1.05 times for the gradients; with 512 both are at the hardware's limit.
-_WIDE = 4096
+# Between these numbers of outputs torch's float32 product is at the hardware's limit. With 8192 (a head) torch with MKL
+# takes 1.2 times as long forward and 1.05 times for the gradients, with 32 (a router) 1.1 to 1.3 times for all three.
+_NARROW, _WIDE = 64, 4096
 
 
 def runs_in_core(device: torch.device, dtype: torch.dtype, num_outputs: int) -> bool:
     """The one rule that picks who multiplies: torch, except on CPU for bfloat16 on a processor without instructions for
-    it, and for float32 with very many outputs.
+    it, and for float32 with very many or very few outputs.
     """
     if device.type != "cpu":
         return False
-    return num_outputs >= _WIDE if dtype == torch.float32 else dtype == torch.bfloat16 and not _TORCH_HAS_BF16
+    if dtype == torch.float32:
+        return not _NARROW < num_outputs < _WIDE
+    return dtype == torch.bfloat16 and not _TORCH_HAS_BF16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
