@@ -51,8 +51,9 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
     const int64_t features = epilogue.half ? epilogue.half : num_n;
     // With trans_b the side that plays V must be transposed while packing. For an expert with few rows these rows are
     // the cheaper ones to turn (and its results, which then come out transposed) than its whole weight matrix, which
-    // then streams past them from memory. (With a single k a side's lines could run either way.)
-    if (trans_b && rows <= few_rows && num_k > 1) {
+    // then streams past them from memory. (With a single k a side's lines could run either way, with a single n the
+    // output's.)
+    if (trans_b && rows <= few_rows && num_k > 1 && num_n > 1) {
       const GemmOut y_turned = {y.data, y.dtype, 1, num_n, false};
       problems.push_back({w, x, y_turned, features, rows, num_k, epilogue});
     } else {

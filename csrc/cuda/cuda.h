@@ -4,6 +4,7 @@
 #pragma once
 #include "xtuner/ops/ep_prepare.h"
 #include "xtuner/ops/quantize.h"
+#include "xtuner/ops/gemm_m_grouped.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/stream.h"
 #include "xtuner/tensor.h"
@@ -20,6 +21,10 @@ void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, Stream stream);
 void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
                 const Tensor& dx, Stream stream);
+void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b,
+                    const GemmMGroupedOptions& options, const Tensor& out, Stream stream);
+void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const RowGather& gather_b,
+                    const Tensor& out, Stream stream);
 void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
                     Stream stream);
 void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, const Tensor& qt, const Tensor& scale,

@@ -1,6 +1,7 @@
 #include "xtuner/ops/gemm_k_grouped.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace xt {
@@ -21,6 +22,9 @@ void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, dou
   check.require(beta == 0.0 || beta == 1.0, "beta must be 0 or 1, got ", beta);
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::gemm_k_grouped(a, b, offsets, beta == 1.0, gather_b, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::gemm_k_grouped(a, b, offsets, beta == 1.0, gather_b, out, stream);
+#endif
     default: check.no_kernel();
   }
 }

@@ -1,6 +1,7 @@
 #include "xtuner/ops/gemm_m_grouped.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace xt {
@@ -29,6 +30,9 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
   check.require(a.shape[1] > 0 || !(options.bias || options.act), "Kd must be positive with a bias or act, got 0");
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::gemm_m_grouped(a, b, offsets, trans_b, options, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda: return cuda::gemm_m_grouped(a, b, offsets, trans_b, options, out, stream);
+#endif
     default: check.no_kernel();
   }
 }

@@ -72,30 +72,35 @@ TEST(GemmOptions, BitsOfTheSeparateSteps) {
   });
 }
 
+void check_bias(DType dtype, int64_t n, Rng& rng) {
+  const int64_t rows = 200, k = 64;
+  const Array a = Array(dtype, {rows, k}).randomise(rng), b = Array(dtype, {2, n, k}).randomise(rng);
+  const Array bias = Array(dtype, {2, n}).randomise(rng);
+  const std::vector<int64_t> at = {0, 30, rows};
+  const Tensor bias_view = bias.view();
+  GemmMGroupedOptions options;
+  options.bias = &bias_view;
+  Array out(dtype, {rows, n});
+  gemm_m_grouped(a.view(), b.view(), view(at, {3}), true, out.view(), {nullptr, 2}, options);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t e = i >= at[1];
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = bias[e * n + j], size = std::fabs(sum);
+      for (int64_t c = 0; c < k; ++c) {
+        sum += a[i * k + c] * b[(e * n + j) * k + c];
+        size += std::fabs(a[i * k + c] * b[(e * n + j) * k + c]);
+      }
+      ASSERT_NEAR(out[i * n + j], sum, size * (2 + 2 * std::sqrt(k)) * 6e-8 + out.rounding(sum)) << i << ", " << j;
+    }
+  }
+}
+
 TEST(GemmOptions, BiasIsAddedBeforeRounding) {
   Rng rng(12);
-  const int64_t rows = 200, n = 48, k = 64;
   for_each_isa([&] {
     for (DType dtype : {DType::f32, DType::bf16}) {
-      const Array a = Array(dtype, {rows, k}).randomise(rng), b = Array(dtype, {2, n, k}).randomise(rng);
-      const Array bias = Array(dtype, {2, n}).randomise(rng);
-      const std::vector<int64_t> at = {0, 30, rows};
-      const Tensor bias_view = bias.view();
-      GemmMGroupedOptions options;
-      options.bias = &bias_view;
-      Array out(dtype, {rows, n});
-      gemm_m_grouped(a.view(), b.view(), view(at, {3}), true, out.view(), {nullptr, 2}, options);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t e = i >= at[1];
-        for (int64_t j = 0; j < n; ++j) {
-          double sum = bias[e * n + j], size = std::fabs(sum);
-          for (int64_t c = 0; c < k; ++c) {
-            sum += a[i * k + c] * b[(e * n + j) * k + c];
-            size += std::fabs(a[i * k + c] * b[(e * n + j) * k + c]);
-          }
-          ASSERT_NEAR(out[i * n + j], sum, size * (2 + 2 * std::sqrt(k)) * 6e-8 + out.rounding(sum)) << i << ", " << j;
-        }
-      }
+      check_bias(dtype, 48, rng);
+      check_bias(dtype, 1, rng);  // rows and columns of the output have the same stride
     }
   });
 }

@@ -38,9 +38,9 @@ struct Ring {
   }
   __device__ void wait_empty(const Place<stages>& at) const { barrier_wait(empty(at.stage), at.parity ^ 1); }
   __device__ void wait_full(const Place<stages>& at) const { barrier_wait(full(at.stage), at.parity); }
-  // By all lanes; one per warp arrives, so that `readers` is a number of warps.
+  // By all lanes, of which one arrives: `readers` is a number of warps. Right behind wgmma_wait, which holds back the
+  // whole warp until its products have read the stage; ordinary reads of it would need a __syncwarp in between.
   __device__ void release(int stage) const {
-    __syncwarp();
     if (lane() == 0) barrier_arrive(empty(stage));
   }
 };

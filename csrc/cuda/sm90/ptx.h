@@ -1,9 +1,10 @@
-// Instructions of compute capability 9.0a (Hopper): barriers in shared memory, copies of tensor tiles (TMA) and products
-// by warpgroups (wgmma). One function per instruction, nothing else; semantics as in the PTX manual.
+// Instructions of compute capability 9.0a (Hopper): barriers in shared memory, copies of tensor tiles (TMA) and
+// products by warpgroups (wgmma). One function per instruction, nothing else; semantics as in the PTX manual.
 #pragma once
 #include <cuda.h>
 
 #include "cuda/sm80/ptx.h"
+#include "cuda/sm90/operand.h"
 
 namespace xt::cuda {
 
@@ -82,15 +83,6 @@ __device__ __forceinline__ void give_registers() {
 
 // ---- products of operands in shared memory ----
 
-// An operand swizzled in 128-byte lines, at a multiple of 1024 bytes but for whole steps along k. Lines along k:
-// `leading` is not used, `stride` is from 8 lines to the next 8. Lines of 64 elements along m or n: `leading` is from
-// 64 elements to the next 64, `stride` from 8 values of k to the next 8.
-__device__ __forceinline__ uint64_t operand(uint32_t address, int leading, int stride) {
-  constexpr uint64_t swizzle_128 = uint64_t{1} << 62;
-  return swizzle_128 | static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
-         ((address & 0x3ffffu) >> 4);
-}
-
 // Before the first product, and after sums were touched.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -99,7 +91,7 @@ template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// The compiler takes sums for finished as soon as a product is issued: keeps what uses them behind the wait before this.
+// The compiler takes sums for finished as soon as a product is issued: keeps what uses them behind the wait before.
 template <int blocks>
 __device__ __forceinline__ void sums_ready(float (&d)[blocks][4]) {
 #pragma unroll

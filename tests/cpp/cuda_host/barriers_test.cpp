@@ -5,14 +5,15 @@
 #include <map>
 #include <regex>
 
-#include "cases.h"
+#include "gemm_cases.h"
 
 namespace xt::test {
 namespace {
 
 std::set<std::string> barriers_in_the_sources() {
   std::set<std::string> sites;
-  for (const auto& file : std::filesystem::directory_iterator(XT_CUDA_SOURCES)) {
+  for (const auto& file : std::filesystem::recursive_directory_iterator(XT_CUDA_SOURCES)) {
+    if (!file.is_regular_file()) continue;
     std::ifstream in(file.path());
     int number = 0;
     for (std::string line; std::getline(in, line);) {
@@ -23,6 +24,18 @@ std::set<std::string> barriers_in_the_sources() {
     }
   }
   return sites;
+}
+
+// More stages than a ring has, and blocks of threads with more than one tile.
+void run_products(Rng& rng, int compute_capability_major) {
+  cuda_host::gpu() = {compute_capability_major, 1};
+  MCase m;
+  m.rows = {130, 3}, m.n = 8, m.k = compute_capability_major == 8 ? 168 : 472;
+  m_grouped_case(rng, m);
+  KCase k;
+  k.rows = {m.k, 9}, k.m = k.n = 8, k.accumulate = true;
+  k_grouped_case(rng, k);
+  cuda_host::gpu() = {};
 }
 
 // Enough of the kernels of each source with barriers to need each of them.
@@ -41,6 +54,16 @@ const std::map<std::string, std::function<void(Rng&)>> kernels_of = {
     {"ep_prepare.cu", [](Rng& rng) { ep_case(rng, 2, DType::f32, 4, 6); }},
     {"exchange.cu", [](Rng& rng) { ep_case(rng, 2, DType::f32, 4, 1); }},
     {"exchange.h", [](Rng& rng) { ep_case(rng, 2, DType::f32, 4, 3); }},
+    {"gemm_simple.cu",
+     [](Rng& rng) {
+       MCase m;
+       m.in = m.out = DType::f32, m.rows = {3}, m.k = 40;
+       m_grouped_case(rng, m);
+     }},
+    {"gemm.cu", [](Rng& rng) { run_products(rng, 8); }},
+    {"gemm_epilogue.h", [](Rng& rng) { run_products(rng, 8); }},
+    {"gemm_m_grouped.cu", [](Rng& rng) { run_products(rng, 9); }},
+    {"gemm_k_grouped.cu", [](Rng& rng) { run_products(rng, 9); }},
 };
 
 TEST(CudaBarriers, EveryOneIsReachedAndNeeded) {
@@ -52,7 +75,7 @@ TEST(CudaBarriers, EveryOneIsReachedAndNeeded) {
   for (const auto& [source, run] : kernels_of) run_kernels(source);
   const std::set<std::string> all = barriers_in_the_sources();
   EXPECT_EQ(cuda_host::barriers_seen(), all);
-  EXPECT_GE(all.size(), 16u);
+  EXPECT_GE(all.size(), 23u);
   for (const std::string& site : all) {
     const std::string file = site.substr(0, site.rfind(':'));
     bool failed = false;

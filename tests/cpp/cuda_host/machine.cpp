@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "async.h"
 #include "memory.h"
 
 // The linker's names for the program's zero-initialised data, where shared variables lie.
@@ -22,8 +23,8 @@ constexpr size_t stack_bytes = 64 << 10;
 constexpr unsigned lanes = 32;
 constexpr size_t shared_element = 4;
 
-enum class Wait { nothing, block, warp, exited };
-enum class Collective { sync, exchange, ballot, match };
+enum class Wait { nothing, block, warp, barrier, named, exited };
+enum class Collective { sync, exchange, ballot, match, operation };
 
 struct Fibre {
   ucontext_t context;
@@ -34,6 +35,10 @@ struct Fibre {
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   int from = 0;
+  void* argument = nullptr;  // of an operation
+  void (*perform)(void* const*) = nullptr;
+  uint32_t barrier = 0, parity = 0;
+  int named = 0, named_threads = 0;
   uint32_t clocks[lanes] = {};
 
   bool owns(const void* p) const { return p >= stack.get() && p < stack.get() + stack_bytes; }
@@ -73,6 +78,8 @@ struct Machine {
   void run_block();
   bool release_block();
   bool release_warp(unsigned first);
+  bool release_barriers();
+  bool release_named();
   void finish(unsigned first, unsigned mask);
 };
 
@@ -124,7 +131,39 @@ bool Machine::release_warp(unsigned first) {
   return false;
 }
 
+bool Machine::release_barriers() {
+  bool released = false;
+  for (unsigned t = 0; t < threads; ++t) {
+    if (fibres[t].wait != Wait::barrier || !barrier_over(fibres[t].barrier, fibres[t].parity)) continue;
+    fibres[t].wait = Wait::nothing;
+    released = true;
+  }
+  return released;
+}
+
+bool Machine::release_named() {
+  std::map<int, std::vector<unsigned>> waiting;
+  for (unsigned t = 0; t < threads; ++t) {
+    if (fibres[t].wait == Wait::named) waiting[fibres[t].named].push_back(t);
+  }
+  bool released = false;
+  for (const auto& [id, who] : waiting) {
+    if (static_cast<int>(who.size()) < fibres[who[0]].named_threads) continue;
+    for (unsigned t : who) fibres[t].wait = Wait::nothing;
+    released = true;
+  }
+  return released;
+}
+
 void Machine::finish(unsigned first, unsigned mask) {
+  if (fibres[first].collective == Collective::operation && mask == ~0u) {
+    void* arguments[lanes];
+    for (unsigned l = 0; l < lanes; ++l) {
+      arguments[l] = fibres[first + l].argument;
+      fibres[first + l].wait = Wait::nothing;
+    }
+    return fibres[first].perform(arguments);
+  }
   uint32_t joined[lanes] = {};
   for (unsigned l = 0; l < lanes; ++l) {
     if (!(mask >> l & 1)) continue;
@@ -152,6 +191,7 @@ void Machine::finish(unsigned first, unsigned mask) {
 
 void Machine::run_block() {
   first_epoch = epoch = ++epochs;
+  start_async_block(dynamic_shared_bytes);
   for (unsigned t = 0; t < threads; ++t) {
     Fibre& f = fibres[t];
     f.wait = Wait::nothing;
@@ -176,15 +216,22 @@ void Machine::run_block() {
     for (unsigned first = 0; first < threads; first += lanes) {
       while (release_warp(first)) released = true;
     }
-    if (ran || released) continue;
+    if (release_barriers() || release_named()) released = true;
+    if (ran || released || finish_one_copy()) continue;
     for (unsigned t = 0; t < threads; ++t) {
       if (fibres[t].wait == Wait::exited) continue;
       violation = "block " + std::to_string(block) + ", thread " + std::to_string(t) + ": waits for ever at " +
                   fibres[t].site + ", which not every thread it waits for has reached";
       return;
     }
+    if (unfinished()) violation = "block " + std::to_string(block) + " ends with " + unfinished();
     return;  // all have exited
   }
+}
+
+void rendezvous(Wait wait, const std::string& site) {
+  machine.fibre().site = site;
+  machine.pause(wait);
 }
 
 uint64_t collect(Collective collective, unsigned mask, uint64_t value, int from, const std::string& site) {
@@ -229,7 +276,8 @@ void access(const void* p, size_t bytes, Kind kind) {
 
 }  // namespace
 
-void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void* call, size_t call_bytes, void (*run)(void*)) {
+void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void* call, size_t call_bytes,
+            void (*run)(void*)) {
   const std::lock_guard<std::recursive_mutex> running(lock);
   Machine& m = machine;
   m.blocks = blocks;
@@ -318,6 +366,28 @@ unsigned long long atomic_min(unsigned long long* p, unsigned long long v) {
 
 void atomic_access(const void* p, size_t bytes) {
   if (machine.in_kernel) access(p, bytes, Kind::atomic);
+}
+
+unsigned schedule() { return seed; }
+void fail(const std::string& what) { machine.fail(what); }
+void checked_access(const void* p, size_t bytes, bool write) { access(p, bytes, write ? Kind::write : Kind::read); }
+
+void wait_for_barrier(uint32_t barrier, uint32_t parity) {
+  machine.fibre().barrier = barrier;
+  machine.fibre().parity = parity;
+  rendezvous(Wait::barrier, "barrier " + std::to_string(barrier) + ", parity " + std::to_string(parity));
+}
+
+void wait_for_named(int id, int threads) {
+  machine.fibre().named = id;
+  machine.fibre().named_threads = threads;
+  rendezvous(Wait::named, "named barrier " + std::to_string(id));
+}
+
+void warp_operation(const char* name, void* mine, void (*perform)(void* const*)) {
+  machine.fibre().argument = mine;
+  machine.fibre().perform = perform;
+  collect(Collective::operation, ~0u, 0, 0, name);
 }
 
 void plain_access(const void* p, size_t bytes, bool write, bool unaligned) {

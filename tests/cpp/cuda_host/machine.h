@@ -18,7 +18,8 @@ struct Violation : std::runtime_error {
 };
 
 // Calls run(call) in every thread of a grid. `call` holds the kernel's parameters, which kernels may read.
-void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void* call, size_t call_bytes, void (*run)(void*));
+void launch(unsigned blocks, unsigned threads, size_t dynamic_shared_bytes, void* call, size_t call_bytes,
+            void (*run)(void*));
 
 // The order in which the threads of a block run between barriers: 0 ascending, 1 descending, else shuffled.
 void set_schedule(unsigned seed);
@@ -54,6 +55,15 @@ unsigned ballot(unsigned mask, bool value);
 unsigned match_any(unsigned mask, uint64_t value);
 int32_t atomic_add(int32_t* p, int32_t v);
 unsigned long long atomic_min(unsigned long long* p, unsigned long long v);
+
+// ---- for async.cpp ----
+unsigned schedule();
+void fail(const std::string& what);  // ends the launch
+void checked_access(const void* p, size_t bytes, bool write);
+void wait_for_barrier(uint32_t barrier, uint32_t parity);
+void wait_for_named(int id, int threads);
+// Once all lanes are here, perform(what each lane passed) runs for the warp.
+void warp_operation(const char* name, void* mine, void (*perform)(void* const* lanes));
 
 // ---- for hooks.cpp ----
 // `unaligned`: the compiler knows no alignment as large as the access.
