@@ -10,6 +10,7 @@ import torch
 from xtuner.config import DataConfig, MemoryConfig, ModelSource, ParallelConfig, TrainConfig, load_config
 from xtuner.engine.trainer import resolve_model
 from xtuner.models import SIZES
+from xtuner.plan.advice import advice
 from xtuner.plan.device import DEVICES, get_device
 from xtuner.plan.simulate import simulate
 
@@ -100,6 +101,25 @@ def test_plan_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "fits" in text and "tokens/device/s" in text and "alltoall_base" in text
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_run_that_does_not_fit_gets_advice(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('steps = 1\n[model]\nname = "qwen3-0.6b"\n[data]\npack_max_length = 262144\n')
+    command = [sys.executable, "-m", "xtuner.run", "plan", str(path), "--gpus", "8", "--document", "4096"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    advised = done.stdout.split("what would save")[1]
+    assert advised.index("memory.checkpointing=full") < advised.index("memory.offload_optimizer=true")
+
+
+def test_advice_on_recomputation_is_what_it_saves():
+    few = SIZES["qwen3-8b"].model_copy(update={"num_hidden_layers": 12})
+    cfgs = [config("qwen3-8b", 8192, {"compute_dtype": "bfloat16"}, {"checkpointing": c}) for c in ("none", "full")]
+    before, after = (simulate(cfg, few, 64, H800, document=4096).tracker.peak for cfg in cfgs)
+    saved = dict(advice(cfgs[0], few, before.by_kind))["memory.checkpointing=full"]
+    assert saved == pytest.approx(before.device - after.device, rel=0.15)
 
 
 def test_every_device_is_described():

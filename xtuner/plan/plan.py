@@ -12,6 +12,7 @@ from xtuner.config import ModelConfig, TrainConfig, load_config
 from xtuner.engine.trainer import resolve_model
 from xtuner.errors import ConfigError
 from xtuner.models import flops_per_token
+from xtuner.plan.advice import advice
 from xtuner.plan.device import OVERHEAD, Device, get_device
 from xtuner.plan.simulate import Simulation, simulate
 from xtuner.plan.timeline import plot_timeline
@@ -90,14 +91,16 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     simulation = simulate(cfg, arch, args.gpus, device, document, args.imbalance)
     plan = make_plan(arch, cfg, simulation, device, document)
-    _print(plan, simulation, cfg, args, document, time.perf_counter() - started)
+    _print(plan, simulation, cfg, arch, args, document, time.perf_counter() - started)
     if args.png:
         plot_timeline(simulation.tracker, device.memory_gib, args.png)
         print(f"memory over the step: {args.png}")
     return 0 if plan.fits else 1
 
 
-def _print(plan: Plan, sim: Simulation, cfg: TrainConfig, args, document: int, took: float) -> None:
+def _print(
+    plan: Plan, sim: Simulation, cfg: TrainConfig, arch: ModelConfig, args, document: int, took: float
+) -> None:
     name = cfg.model.name or cfg.model.path or "the model"
     print(f"{name} on {args.gpus} x {plan.device.name}: {plan.tokens:,} tokens per device and step, "
           f"documents of {document:,}, imbalance {args.imbalance}")  # fmt: skip
@@ -106,6 +109,10 @@ def _print(plan: Plan, sim: Simulation, cfg: TrainConfig, args, document: int, t
           f"{verdict}; {plan.host / GIB:.2f} GiB on the host")  # fmt: skip
     for kind, size in plan.by_kind.items():
         print(f"  {kind:14} {size / GIB:8.2f} GiB")
+    if not plan.fits:
+        print("\nwhat would save how much, by its arithmetic")
+        for setting, size in advice(cfg, arch, plan.by_kind):
+            print(f"  {setting:34} {size / GIB:8.2f} GiB")
     print("\ntraffic of one device in a step, sent")
     for (collective, link), size in sorted(sim.clock.traffic.items()):
         if size >= 1e6:

@@ -23,7 +23,8 @@ def plot_timeline(tracker: MemoryTracker, capacity_gib: float, path: Path) -> No
     for i in range(start, len(phases)):
         if i == start or phases[i] != phases[i - 1]:
             axes.axvline(i - start, color="grey", linewidth=0.5)
-            axes.text(i - start, capacity_gib * 0.98, f" {phases[i]}", va="top", fontsize=8)
+            if i + len(gib) // 20 < len(phases):  # wide enough for its name
+                axes.text(i - start, capacity_gib * 0.98, f" {phases[i]}", va="top", fontsize=8)
     axes.set(xlabel="allocations", ylabel="GiB", ylim=(0, capacity_gib * 1.08), title="Device memory over one step")
     axes.legend(loc="upper right", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
