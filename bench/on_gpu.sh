@@ -1,0 +1,79 @@
+#!/bin/sh
+# What a GPU can tell, in two calls of less than ten minutes each, from a machine with a C++ compiler, CMake, ninja, nvcc,
+# and Python with torch, pybind11, pytest and numpy; nothing is downloaded.
+#   bench/on_gpu.sh check     builds; every op on the GPU against its oracle, twice, in CUDA graphs; compute-sanitizer
+#   bench/on_gpu.sh bench     builds; rates, and ratios to rivals
+# A JSON file of each goes to $OUT, or to bench/results. With `cpu` as second argument, whatever needs no GPU is done on
+# small shapes, to try this script out, and nothing goes to bench/results.
+set -eu
+cd "$(dirname "$0")/.."
+stage=${1:-}
+device=${2:-cuda}
+python=${PYTHON:-python3}
+case "$stage $device" in
+    "check cuda" | "bench cuda") build=build/gpu cuda=ON ;;
+    "check cpu" | "bench cpu") build=build/gpu-tried cuda=OFF ;;
+    *)
+        echo "usage: bench/on_gpu.sh check|bench [cpu]" >&2
+        exit 2
+        ;;
+esac
+if [ "$device" = cuda ]; then
+    out=${OUT:-bench/results}
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+    # Instructions of Hopper's own are in "90a" only.
+    if [ "$capability" = 90 ]; then architectures=90a-real; else architectures=$capability-real; fi
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-')
+else
+    out=${OUT:-$build}
+    architectures=
+    name=cpu
+fi
+
+mkdir -p "$build" "$out"
+if ! cmake -S . -B "$build" -G Ninja -DXT_PYTHON=ON -DXT_TESTS=OFF -DXT_CUDA=$cuda -DCMAKE_BUILD_TYPE=Release \
+    ${architectures:+-DXT_CUDA_ARCHITECTURES=$architectures} -Dpybind11_DIR="$($python -m pybind11 --cmakedir)" \
+    >"$build/log" 2>&1 || ! cmake --build "$build" >>"$build/log" 2>&1; then
+    tail -n 40 "$build/log" >&2
+    exit 1
+fi
+rm -f xtuner/_C*.so
+cp "$build"/_C*.so xtuner/
+export PYTHONPATH=.
+export OMP_WAIT_POLICY=PASSIVE
+
+failed=
+steps=
+# step NAME COMMAND...: runs it, keeps its output, goes on if it fails.
+step() {
+    step_name=$1
+    shift
+    begin=$(date +%s)
+    if "$@" >"$out/$name-$step_name.log" 2>&1; then result=passed; else result=failed failed=1; fi
+    tail -n 3 "$out/$name-$step_name.log"
+    echo "$step_name: $result, $(($(date +%s) - begin)) s"
+    steps="$steps $step_name=$result"
+}
+
+tests="$python -m pytest -q -p no:cacheprovider -m gpu tests/cuda/device --device $device"
+if [ "$stage" = check ]; then
+    # shellcheck disable=SC2086  # a command and its arguments
+    step pytest $tests
+    for tool in memcheck racecheck; do
+        [ "$device" = cuda ] || continue
+        if ! command -v compute-sanitizer >/dev/null; then
+            steps="$steps $tool=missing"
+            continue
+        fi
+        # Without torch's cache, every tensor is an allocation of its own, whose bounds are checked.
+        # shellcheck disable=SC2086
+        step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool "$tool" \
+            --error-exitcode 9 --launch-timeout 120 $tests -k "test_oracle and tokens=37"
+    done
+    # shellcheck disable=SC2086
+    $python bench/ops/device_steps.py --device "$device" --json "$out/$name-check.json" $steps
+else
+    step bench $python bench/ops/bench_device.py --device "$device" --json "$out/$name-bench.json"
+    cat "$out/$name-bench.log"
+fi
+[ -z "$failed" ]

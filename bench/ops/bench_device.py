@@ -1,0 +1,144 @@
+"""The ops on a GPU: rates of what moves rows against a copy of as many bytes, grouped products against cuBLAS on one
+dense product of the same size, torch._grouped_mm and a grouped product in Triton, all in one process.
+
+Rates count the bytes that must be read and written at least once, and 2 M N K operations per product. Products multiply
+random numbers: zeros draw less power and run faster. With --device cpu, small shapes show that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from device_timing import Clock, machine
+
+from xtuner import ops
+from xtuner.ops import OpError
+
+MOVED = [(8192, 8, 128, 2048), (4096, 8, 256, 7168)]  # tokens, choices, experts, hidden: Qwen3-30B-A3B, DeepSeek-V3
+PRODUCTS = [  # experts, rows of all, N, K
+    (128, 65536, 1536, 2048),
+    (128, 65536, 2048, 768),
+    (8, 32768, 4096, 7168),
+    (256, 262144, 4096, 6144),
+]
+SMALL_MOVED, SMALL_PRODUCTS = [(64, 2, 4, 256)], [(4, 64, 256, 128)]
+
+
+class Report:
+    def __init__(self, clock: Clock):
+        self.clock, self.rows, self.missing = clock, [], {}
+
+    def case(self, op: str, shape: str, work: float, unit: str, calls: dict[str, Callable]) -> None:
+        """`calls` begins with ours; one that has no kernel here is listed, and what is left is measured."""
+        for name, call in list(calls.items()):
+            try:
+                call()
+            except (OpError, RuntimeError, NotImplementedError) as error:
+                self.missing[f"{op} {shape}: {name}"] = str(error).splitlines()[0]
+                del calls[name]
+        if not calls:
+            return
+        seconds = self.clock.medians(calls)
+        ratios = {
+            f"over {n}": round(t / seconds["ours"], 3) for n, t in seconds.items() if "ours" in seconds and n != "ours"
+        }
+        rates = {name: round(work / t, 2) for name, t in seconds.items()}
+        print(f"{op:20s} {shape:34s} " + "  ".join(f"{n} {r:.1f} {unit}" for n, r in rates.items()), ratios, flush=True)
+        microseconds = {name: round(t * 1e6, 2) for name, t in seconds.items()}
+        self.rows.append({"op": op, "shape": shape, "unit": unit, "us": microseconds, "rate": rates, "speedup": ratios})
+
+
+def bench_moved(report: Report, device: torch.device, tokens: int, k: int, experts: int, hidden: int) -> None:
+    shape = f"T{tokens} K{k} E{experts} H{hidden}"
+    topk_idx = torch.rand(tokens, experts, device=device).topk(k).indices.int()
+    rows, size = tokens * k, 2 * tokens * hidden
+    x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
+    y, gate_up = (
+        torch.randn(rows, hidden, device=device, dtype=torch.bfloat16),
+        torch.randn(rows, 1536, device=device, dtype=torch.bfloat16),
+    )
+    probs = torch.rand(tokens, k, device=device)
+    _, offsets, row_of, src = ops.route_map(topk_idx, experts, rows)
+    w = torch.randn(8, hidden, 2048 if hidden % 128 == 0 else 128, device=device, dtype=torch.bfloat16)
+
+    def case(op: str, moved: float, call: Callable) -> None:
+        source = torch.ones(int(moved) // 2, dtype=torch.uint8, device=device)
+        copy = partial(torch.empty_like(source).copy_, source)
+        report.case(op, shape, moved * 1e-9, "GB/s", {"ours": call, "copy": copy})
+
+    case("route_map", rows * 12, partial(ops.route_map, topk_idx, experts, rows))
+    case("permute", size * (1 + k), partial(ops.permute, x, row_of, src))
+    case("unpermute", size * (1 + k), partial(ops.unpermute, y, row_of, src, probs))
+    case("unpermute_bwd", size * (1 + 2 * k), partial(torch.ops.xtuner.unpermute_bwd, x, y, row_of, src, probs))
+    case("swiglu", rows * 768 * 6, partial(ops.swiglu, gate_up, offsets))
+    bwd = partial(torch.ops.xtuner.swiglu_bwd, gate_up[:, :768].contiguous(), gate_up, offsets, 1.0, None, 0.0)
+    case("swiglu_bwd", rows * 768 * 10, bwd)
+    case("quantize_1x128", y.numel() * 3, partial(ops.quantize_1x128, y, offsets))
+    case("quantize_rowcol", y.numel() * 4, partial(ops.quantize_rowcol, y, offsets))
+    case("quantize_128x128", w.numel() * 4, partial(ops.quantize_128x128, w))
+    case("dequantize", y.numel() * 3, partial(ops.dequantize, *ops.quantize_1x128(y), torch.bfloat16))
+
+
+def bench_products(report: Report, device: torch.device, experts: int, rows: int, n: int, k: int) -> None:
+    shape, flop = f"E{experts} R{rows} N{n} K{k}", 2e-12 * rows * n * k
+    idx = torch.randint(experts, (rows,), device=device)
+    ends = torch.bincount(idx, minlength=experts).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+    w = torch.randn(experts, n, k, device=device, dtype=torch.bfloat16)
+    g = torch.randn(rows, n, device=device, dtype=torch.bfloat16)
+    dense, out = w[0].t(), torch.empty(rows, n, device=device, dtype=torch.bfloat16)
+    calls = {"ours": partial(ops.gemm_m_grouped, x, w, offsets)}
+    if importlib.util.find_spec("triton") and device.type == "cuda":
+        import triton_grouped
+
+        calls["triton"] = partial(triton_grouped.gemm_m_grouped, x, w, offsets)
+    calls["grouped_mm"] = partial(torch._grouped_mm, x, w.transpose(1, 2), offs=ends.int())
+    calls["cublas_dense"] = partial(torch.mm, x, dense, out=out)
+    report.case("gemm_m_grouped", shape, flop, "TFLOP/s", calls)
+    calls = {"ours": partial(ops.gemm_k_grouped, g, x, offsets)}
+    calls["grouped_mm"] = partial(torch._grouped_mm, g.t(), x, offs=ends.int())
+    calls["cublas_dense"] = lambda: torch.mm(g.t(), x)
+    report.case("gemm_k_grouped", shape, flop, "TFLOP/s", calls)
+    (xq, xs), (wq, _, ws) = ops.quantize_1x128(x, offsets), ops.quantize_128x128(w)
+    report.case(
+        "gemm_m_grouped_fp8",
+        shape,
+        flop,
+        "TFLOP/s",
+        {
+            "ours": partial(ops.gemm_m_grouped_fp8, xq, xs, wq, ws, offsets),
+            "our_bf16": partial(ops.gemm_m_grouped, x, w, offsets),
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds per case")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    small = device.type == "cpu"
+    torch.manual_seed(0)
+    report = Report(Clock(device, arguments.budget))
+    for shape in SMALL_MOVED if small else MOVED:
+        bench_moved(report, device, *shape)
+    for shape in SMALL_PRODUCTS if small else PRODUCTS:
+        bench_products(report, device, *shape)
+    for name, why in report.missing.items():
+        print(f"not measured: {name}: {why}")
+    if arguments.json:
+        everything = {"machine": machine(device), "cases": report.rows, "not_measured": report.missing}
+        arguments.json.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
