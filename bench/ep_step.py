@@ -6,10 +6,10 @@ Each rank is a process with one thread; experts are split over all ranks, everyt
 sides start from the same weights, see the same tokens and take turns step by step in the same processes; their losses
 must be equal. A step is forward, backward, clipping and AdamW, barrier to barrier, the slowest rank's time.
 
-Dispatch and combine are timed in the step, forward and backward, from the moment their input is there until their
-result is. Wall time (the mean over ranks) has waiting for slower ranks in it, and where there are more ranks than cores
-also the time in which others compute; CPU time (of all threads of all ranks) has neither. The default shape is heavy on
-communication: many choices per token of narrow experts.
+Dispatch and combine, forward and backward, are timed in steps of their own, in which all ranks meet before each of
+them, so that waiting for a rank that still computes is not counted: wall time is the mean over ranks, CPU time that of
+all threads of all ranks, which other load disturbs less. The default shape is heavy on communication: many choices per
+token of narrow experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -50,12 +49,14 @@ def now() -> np.ndarray:
 
 
 class Clock:
-    """Adds up the seconds between an opening mark and the next closing one, in forward and in backward."""
+    """Adds up the seconds between an opening mark, at which all ranks meet, and the next closing one."""
 
     def __init__(self):
-        self.total = np.zeros(2)
+        self.running, self.total = False, np.zeros(2)
 
     def open(self) -> None:
+        if self.running:
+            dist.barrier()
         self.opened = now()
 
     def close(self) -> None:
@@ -101,7 +102,8 @@ class Timed:
 class Side:
     def __init__(self, name: str, arch: ModelConfig, dtype: str, world):
         cfg = ParallelConfig(ep_size=world.size, dispatcher=name, compute_dtype=dtype, max_load=None)
-        self.world, self.clock, self.samples = world, Clock(), []
+        self.world, self.clock = world, Clock()
+        self.samples: dict[str, list] = {"step": [], "moved": []}
         self.model = parallelize(build_model(arch, "meta"), build_layout(cfg, arch, world), cfg, world)
         self.model.to_empty(device="cpu")
         self.model.init_weights(seed=0)
@@ -110,17 +112,24 @@ class Side:
         self.optimizer = build_adamw(self.model, OptimConfig())
 
     def step(self, batch) -> float:
-        """Loss. Keeps seconds of the step and of dispatch and combine in it: by wall time, by CPU time of all ranks."""
+        """Loss. Keeps the seconds of the step, by wall time of the slowest rank and by CPU time of all."""
         self.world.barrier()
         start = now()
         result = train_step(self.model, self.optimizer, [batch], LossConfig(), 1.0, self.world)
-        step, moved = torch.from_numpy(now() - start), torch.from_numpy(self.clock.read())
-        slowest = step[:1].clone()
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        for seconds in (step, moved):
-            dist.all_reduce(seconds)
-        wall = {"step": slowest.item(), "moved": moved[0].item() / self.world.size}
-        self.samples.append({"wall": wall, "cpu": {"step": step[1].item(), "moved": moved[1].item()}})
+        seconds = torch.from_numpy(now() - start)
+        dist.all_reduce(seconds[:1], dist.ReduceOp.MAX)
+        dist.all_reduce(seconds[1:])
+        self.samples["step"].append(seconds.tolist())
+        return result.loss
+
+    def timed_step(self, batch) -> float:
+        """Loss. Keeps the seconds of dispatch and combine, by wall time of the mean rank and by CPU time of all."""
+        self.clock.running = True
+        result = train_step(self.model, self.optimizer, [batch], LossConfig(), 1.0, self.world)
+        self.clock.running = False
+        seconds = torch.from_numpy(self.clock.read())
+        dist.all_reduce(seconds)
+        self.samples["moved"].append([seconds[0].item() / self.world.size, seconds[1].item()])
         return result.loss
 
 
@@ -147,25 +156,28 @@ def rank_main(rank: int, world_size: int, port: int, args: argparse.Namespace, r
     world = init_world("cpu", num_threads=1)
     sides = {name: Side(name, arch_of(args), args.dtype, world) for name in SIDES}
     rng = np.random.default_rng(rank)
-    for _ in range(args.warmup + args.steps):
-        batch = draw_batch(args, rng)
-        losses = {name: side.step(batch) for name, side in sides.items()}
-        if losses["fused"] != losses["all_to_all"]:
-            raise AssertionError(f"the two dispatchers train differently: {losses}")
+    for _ in range(1 + args.steps):
+        for step in (Side.step, Side.timed_step):
+            batch = draw_batch(args, rng)
+            losses = {name: step(side, batch) for name, side in sides.items()}
+            if losses["fused"] != losses["all_to_all"]:
+                raise AssertionError(f"the two dispatchers train differently: {losses}")
+            for side in sides.values():
+                side.clock.read()
     if world.is_main:
-        samples = {name: side.samples[args.warmup :] for name, side in sides.items()}
-        Path(results).write_text(json.dumps(summarise(samples, world_size)))
+        medians = {
+            name: {what: np.median(seconds[1:], axis=0) for what, seconds in side.samples.items()}
+            for name, side in sides.items()
+        }
+        Path(results).write_text(json.dumps(summarise(medians, world_size)))
     world.barrier()
     dist.destroy_process_group()
 
 
-def summarise(samples: dict[str, list[dict]], ranks: int) -> dict:
+def summarise(medians: dict, ranks: int) -> dict:
     row = {"ranks": ranks}
-    for kind in ("wall", "cpu"):
-        step, moved = (
-            {name: statistics.median(sample[kind][what] for sample in samples[name]) for name in SIDES}
-            for what in ("step", "moved")
-        )
+    for i, kind in enumerate(("wall", "cpu")):
+        step, moved = ({name: float(medians[name][what][i]) for name in SIDES} for what in ("step", "moved"))
         row[kind] = {
             "step_s": {name: round(seconds, 4) for name, seconds in step.items()},
             "dispatch_and_combine_s": {name: round(seconds, 4) for name, seconds in moved.items()},
@@ -180,9 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each side")
-    parser.add_argument("--warmup", type=int, default=1)
-    shape = dict(batch=4, seq=256, layers=3, hidden=1024, heads=2, experts=32, topk=8, inter=64, vocab=512)
+    parser.add_argument("--steps", type=int, default=4, help="steps of each kind and side, after one to warm up")
+    shape = dict(batch=4, seq=256, layers=3, hidden=1024, heads=2, experts=32, topk=8, inter=32, vocab=512)
     for name, value in shape.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--port", type=int, default=29641)
