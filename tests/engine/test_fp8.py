@@ -40,6 +40,16 @@ def test_the_loss_curve_is_that_of_bfloat16(tmp_path):
     assert difference < 0.01
 
 
+def test_resumes_bit_for_bit(tmp_path):
+    config_file = config_for(tmp_path, "resumed", fp8={"enabled": True}, steps=6)
+    arguments = ["train", str(config_file), "checkpoint.every=3", "checkpoint.final=true"]
+    assert run.main(arguments) == 0
+    whole = losses(tmp_path / "resumed")
+    (tmp_path / "resumed" / "checkpoints" / "step-00000006").rename(tmp_path / "removed")
+    assert run.main([*arguments, "--resume", "auto"]) == 0
+    assert losses(tmp_path / "resumed") == whole
+
+
 def test_a_model_whose_widths_do_not_fit(tmp_path, capsys):
     config_file = config_for(tmp_path, "narrow", model={"arch": ARCH}, fp8={"enabled": True})
     assert run.main(["train", str(config_file)]) == 2

@@ -9,6 +9,7 @@ import torch
 
 from xtuner.config import DataConfig, MemoryConfig, ModelSource, ParallelConfig, TrainConfig, load_config
 from xtuner.engine.trainer import resolve_model
+from xtuner.errors import ConfigError
 from xtuner.models import SIZES
 from xtuner.plan.advice import advice
 from xtuner.plan.device import DEVICES, get_device
@@ -126,3 +127,10 @@ def test_every_device_is_described():
     assert {"h100-80g", "h800-80g", "h200-141g", "a100-80g", "b200-180g", "ascend-910b-64g", "ascend-a3-64g"} == set(
         DEVICES
     )
+
+
+@pytest.mark.parametrize("fields", [{"fp8": {"enabled": True}}, {"optim": {"kind": "muon"}}])
+def test_what_is_not_simulated_is_refused(fields):
+    cfg = TrainConfig.parse(config().model_dump(mode="json", exclude_unset=True) | fields)
+    with pytest.raises(ConfigError, match="can be planned"):
+        simulate(cfg, SIZES["qwen3-moe-tiny"], 2, H800)

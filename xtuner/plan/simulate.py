@@ -23,6 +23,7 @@ from xtuner import ops
 from xtuner.batch import Batch
 from xtuner.config import ModelConfig, TrainConfig
 from xtuner.engine import train_step as engine_step
+from xtuner.errors import ConfigError
 from xtuner.models import build_model
 from xtuner.optim import build_adamw, clip_grad_norm, keep_state_on_host
 from xtuner.parallel import AllToAllDispatcher, World, build_layout, parallelize
@@ -57,7 +58,15 @@ def simulate(
         document: tokens of each document; None: the micro-batch is one document.
         imbalance: rows that come to this rank's experts over the mean.
         fake: tensors without data; with data (for small models) tests compare both.
+
+    Raises:
+        ConfigError: a field whose memory and time are not simulated.
     """
+    if cfg.fp8.enabled or cfg.optim.kind != "adamw":
+        raise ConfigError(
+            f"fp8.enabled={cfg.fp8.enabled} and optim.kind={cfg.optim.kind}: only float32 or bfloat16 with AdamW can "
+            "be planned"
+        )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         world = World(0, 0, num_ranks, min(num_ranks, device.per_node), torch.device("cpu"))
