@@ -68,6 +68,9 @@ class ParallelConfig(ConfigBase):
     )
     ep_size: int = Field(1, ge=1, description="ranks that experts are split over; tokens travel among them")
     sp_size: int = Field(1, ge=1, description="ranks that share one sequence (Ulysses)")
+    intra_layer_micro_batches: Literal[1, 2] = Field(
+        1, description="2: halves of a batch take turns in each layer, one computing while the other's tokens travel"
+    )
     dispatcher: Literal["auto", "all_to_all", "fused"] = Field(
         "auto", description="how tokens travel to experts; auto: fused (shared memory) where a group is on one machine"
     )

@@ -104,6 +104,7 @@ def forward_loss(model: nn.Module, batch: Batch) -> ModelOutput:
         loss_weights=batch.loss_weights,
         routing=batch.routing,
         total_tokens=batch.total_tokens,
+        cut=batch.cut,
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from xtuner import ops
+from xtuner.batch import Cut
 from xtuner.config import ModelConfig
 from xtuner.models.init import init_weights
 from xtuner.nn.attention import Attention
+from xtuner.nn.interleave import interleave
 from xtuner.nn.kv_cache import KVCache
 from xtuner.nn.linear import Linear
 from xtuner.nn.mla import LatentAttention
@@ -31,6 +35,24 @@ class ModelOutput(NamedTuple):
     logits: Tensor | None
     loss_sum: Tensor | None
     stats: list[RouterStats]
+
+
+class Part(NamedTuple):
+    """A block's input, or one half of it: what Block.forward is given."""
+
+    x_TD: Tensor
+    rotary: tuple[Tensor, Tensor]
+    cu_seqlens: Tensor
+    max_seqlen: int
+    total_tokens: int | None
+    topk_idx: Tensor | None
+
+    def halves(self, cut: Cut) -> list[Part]:
+        tokens, cu = [cut.tokens, self.x_TD.shape[0] - cut.tokens], self.cu_seqlens
+        x, cos, sin = (t.split(tokens) for t in (self.x_TD, *self.rotary))
+        bounds = cu[: cut.documents + 1], cu[cut.documents :] - cu[cut.documents]
+        topk_idx = (None, None) if self.topk_idx is None else self.topk_idx.split(tokens)
+        return list(map(Part, x, zip(cos, sin, strict=True), bounds, cut.max_seqlens, cut.total_tokens, topk_idx))
 
 
 class Block(nn.Module):
@@ -55,13 +77,23 @@ class Block(nn.Module):
         max_seqlen: int,
         cache: KVCache | None,
         total_tokens: int | None,
+        cut: Cut | None,
         *,
         topk_idx: Tensor | None,
     ) -> tuple[Tensor, RouterStats | None]:
+        whole = Part(x_TD, rotary, cu_seqlens, max_seqlen, total_tokens, topk_idx)
+        if cut is None:
+            return interleave([self._steps(whole, cache)])[0]
+        first, second = interleave([self._steps(half, cache) for half in whole.halves(cut)])
+        stats = first[1].joined(second[1]) if self.is_moe else None
+        return torch.cat([first[0], second[0]]), stats
+
+    def _steps(self, part: Part, cache: KVCache | None) -> Generator[None, None, tuple[Tensor, RouterStats | None]]:
+        x_TD, rotary, cu_seqlens, max_seqlen, total_tokens, topk_idx = part
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rotary, cu_seqlens, max_seqlen, cache, total_tokens)
         if not self.is_moe:
             return x_TD + self.mlp(self.mlp_norm(x_TD)), None
-        y_TD, stats = self.moe(self.mlp_norm(x_TD), topk_idx)
+        y_TD, stats = yield from self.moe.steps(self.mlp_norm(x_TD), topk_idx)
         return x_TD + y_TD, stats
 
 
@@ -92,6 +124,7 @@ class Decoder(nn.Module):
         routing: Tensor | None = None,
         logit_rows: Tensor | None = None,
         total_tokens: int | None = None,
+        cut: Cut | None = None,
     ) -> ModelOutput:
         """Logits, or with `labels` and `loss_weights` the weighted sum of cross-entropies instead.
 
@@ -100,6 +133,8 @@ class Decoder(nn.Module):
             routing: int32 [T, L, K] expert choices to replay in the L MoE layers.
             logit_rows: int64 [S], the tokens whose logits [S, V] are wanted; None: all. Generation needs only the last.
             total_tokens: with sequence parallelism, the tokens that this rank holds a slice of.
+            cut: where to cut into halves that go through each layer in turns, one computing while the other's tokens
+                travel.
         """
         x_TD = self.embed(input_ids)
         rotary = rotary_tables(positions[0], self.cfg.head_dim, self.cfg.rope, x_TD.dtype)
@@ -107,7 +142,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             topk_idx = routing[:, len(stats)] if routing is not None and layer.is_moe else None
             x_TD, layer_stats = layer(
-                x_TD, rotary, cu_seqlens, max_seqlen, cache, total_tokens, topk_idx=topk_idx
+                x_TD, rotary, cu_seqlens, max_seqlen, cache, total_tokens, cut, topk_idx=topk_idx
             )
             if layer_stats is not None:
                 stats.append(layer_stats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,6 +41,10 @@ class TokenDispatcher(Protocol):
         self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int
     ) -> Tensor: ...  # combine(experts(dispatch(x))), or the same in parts
 
+    def steps(
+        self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> Generator[None, None, Tensor]: ...  # the same, pausing while rows travel; see `interleave`
+
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> Dispatched: ...
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor: ...
@@ -61,6 +65,10 @@ class LocalDispatcher:
     ) -> Tensor:
         tokens = self.dispatch(x_TD, topk_idx_TK, num_experts)
         return self.combine(experts(tokens), tokens, weights_TK)
+
+    def steps(self, *args) -> Generator[None, None, Tensor]:
+        yield from ()  # nothing travels
+        return self.run(*args)
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int) -> LocalRows:
         _, offsets, *maps = ops.route_map(topk_idx_TK, num_experts)
@@ -99,6 +107,12 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, topk_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
         out_TD = self.dispatcher.run(self.experts, x_TD, idx_TK, weights_TK, self.num_experts)
+        return out_TD if self.shared is None else out_TD + self.shared(x_TD), stats
+
+    def steps(self, x_TD: Tensor, topk_idx: Tensor | None) -> Generator[None, None, tuple[Tensor, RouterStats]]:
+        """What forward does, pausing while tokens travel."""
+        weights_TK, idx_TK, stats = self.gate(x_TD, topk_idx)
+        out_TD = yield from self.dispatcher.steps(self.experts, x_TD, idx_TK, weights_TK, self.num_experts)
         return out_TD if self.shared is None else out_TD + self.shared(x_TD), stats
 
     def experts(self, tokens: Dispatched) -> Tensor:

@@ -26,6 +26,11 @@ class RouterStats(NamedTuple):
     entropy_sum: Tensor
     topk_idx: Tensor
 
+    def joined(self, other: RouterStats) -> RouterStats:
+        """Of these tokens and, after them, the other's."""
+        sums = [a + b for a, b in zip(self[:-1], other[:-1], strict=True)]
+        return RouterStats(*sums, torch.cat([self.topk_idx, other.topk_idx]))
+
 
 class Router(nn.Module):
     """Top-k over a softmax, computed in float32.

@@ -8,7 +8,7 @@ Legend: W ranks, E experts of all of them, T tokens of this rank, K choices per 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xtuner import ops
 from xtuner.parallel.dispatch_rounds import cut_into_rounds
+from xtuner.parallel.travel import Travel
 from xtuner.parallel.world import World
 
 Experts = Callable[[Any], Tensor]  # dispatched tokens -> [R, D]
@@ -60,7 +61,7 @@ class Dispatcher:
             sizes = [len(part) for part in topk_idx_TK.tensor_split(rounds)]
         else:
             plan = self._plan(topk_idx_TK, num_experts)
-            max_rows = math.ceil(self.max_load * int(plan.rows_WW.sum()) / self.world_size)
+            max_rows = self._max_rows(plan)
             if int(plan.rows_WW.sum(0).max()) <= max_rows:
                 tokens = self._send(x_TD, plan)
                 return self.combine(experts(tokens), tokens, weights_TK)
@@ -68,6 +69,11 @@ class Dispatcher:
         parts = zip(x_TD.split(sizes), topk_idx_TK.split(sizes), weights_TK.split(sizes), strict=True)
         keep = {"use_reentrant": False, "preserve_rng_state": False}
         return torch.cat([checkpoint(self._round, experts, *part, num_experts, **keep) for part in parts])
+
+    def steps(self, *args: Any) -> Generator[None, None, Tensor]:
+        """`run`, pausing while rows travel without this processor's doing."""
+        yield from ()
+        return self.run(*args)
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, num_experts: int):
         """In one round."""
@@ -86,6 +92,9 @@ class Dispatcher:
     def _round(self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int):
         tokens = self.dispatch(x_TD, topk_idx_TK, num_experts)
         return self.combine(experts(tokens), tokens, weights_TK)
+
+    def _max_rows(self, plan: Any) -> int:
+        return math.ceil(self.max_load * int(plan.rows_WW.sum()) / self.world_size)
 
     def _capacity(self, topk_idx_TK: Tensor) -> int:
         return math.ceil(self.capacity_factor * topk_idx_TK.numel())
@@ -175,6 +184,21 @@ class AllToAllDispatcher(Dispatcher):
         plan = dispatched.plan
         rows = exchange_rows(ops.unpermute(y_RD, *plan.row_map), plan.receive, plan.send, self.process_group)
         return ops.unpermute(rows, *plan.token_map, weights_TK)
+
+    def steps(
+        self, experts: Experts, x_TD: Tensor, topk_idx_TK: Tensor, weights_TK: Tensor, num_experts: int
+    ) -> Generator[None, None, Tensor]:
+        plan = self._plan(topk_idx_TK, num_experts)
+        if self.bounded and (plan.rows_WW is None or int(plan.rows_WW.sum(0).max()) > self._max_rows(plan)):
+            return self.run(experts, x_TD, topk_idx_TK, weights_TK, num_experts)
+        way = Travel(plan.send, plan.receive, self.process_group)
+        rows = way.start(ops.permute(x_TD, *plan.token_map))
+        yield
+        tokens = AllToAllRows(ops.permute(way.finish(rows), *plan.row_map), plan.offsets, plan)
+        way = Travel(plan.receive, plan.send, self.process_group)
+        rows = way.start(ops.unpermute(experts(tokens), *plan.row_map))
+        yield
+        return ops.unpermute(way.finish(rows), *plan.token_map, weights_TK)
 
     def _send(self, x_TD: Tensor, plan: AllToAllPlan) -> AllToAllRows:
         rows = exchange_rows(ops.permute(x_TD, *plan.token_map), plan.send, plan.receive, self.process_group)

@@ -22,6 +22,7 @@ class Layout:
     ep            (ep): ranks that hold different experts; None without expert parallelism
     sp            (sp): ranks that hold different slices of the same tokens; None without sequence parallelism
     data_rank, data_size  which share of the data this rank sees
+    halves        whether batches are cut in two, for halves to take turns in each layer
     """
 
     dense: DeviceMesh
@@ -30,9 +31,11 @@ class Layout:
     sp: DeviceMesh | None
     data_rank: int
     data_size: int
+    halves: bool
 
     def slice(self, batch: Batch) -> Batch:
-        """This rank's tokens of a batch that its sequence-parallel group shares."""
+        """This rank's tokens of a batch on the host that its sequence-parallel group shares, cut in two if wanted."""
+        batch = batch.halve() if self.halves else batch
         return batch if self.sp is None else batch.slice(self.sp.get_local_rank(), self.sp.size())
 
 
@@ -58,7 +61,15 @@ def build_layout(cfg: ParallelConfig, arch: ModelConfig, world: World) -> Layout
     if cfg.sp_size > 1:
         axes = (data_size, cfg.sp_size)
         sp = init_device_mesh(world.device.type, axes, mesh_dim_names=("data", "sp"))["sp"]
-    return Layout(mesh(shard=shard_size), expert_shard, ep, sp, world.rank // cfg.sp_size, data_size)
+    return Layout(
+        dense=mesh(shard=shard_size),
+        expert_shard=expert_shard,
+        ep=ep,
+        sp=sp,
+        data_rank=world.rank // cfg.sp_size,
+        data_size=data_size,
+        halves=cfg.intra_layer_micro_batches == 2,
+    )
 
 
 def check_layout(cfg: ParallelConfig, arch: ModelConfig, num_ranks: int) -> None:

@@ -37,7 +37,7 @@ class UlyssesExchange:
             raise ValueError(f"slice {self.rank} of {total_tokens} tokens has {sizes[self.rank]}, got {tokens}")
         if heads < self.size:
             x_tHD = x_tHD.repeat_interleave(self.size // heads, 1)
-        by_rank = x_tHD.unflatten(1, (self.size, -1)).transpose(0, 1).reshape(self.size * tokens, -1)
+        by_rank = x_tHD.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1).flatten(1)
         return self._exchange(by_rank, [tokens] * self.size, sizes).unflatten(1, (-1, width))
 
     def to_tokens(self, out_ThD: Tensor) -> Tensor:
