@@ -40,6 +40,9 @@ def make_model(seed: int = 0) -> nn.Module:
     with torch.no_grad():
         model.embed.weight += direction
         for layer in model.layers:
+            # Attention's values do not see it: the gradients of queries and keys are differences of what they add up to.
+            wv = layer.attn.wv.weight
+            wv -= torch.outer(wv @ direction, direction) / ARCH.hidden_size
             if layer.is_moe:
                 layer.moe.gate.weight += torch.outer(liking, direction) / ARCH.hidden_size
     return model
