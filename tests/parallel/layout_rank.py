@@ -36,11 +36,11 @@ def make_model(seed: int = 0) -> nn.Module:
     model = build_model(ARCH)
     model.init_weights(seed)
     direction = torch.where(torch.arange(ARCH.hidden_size) % 2 == 0, 1.0, -1.0)
-    liking = torch.tensor([3.0, 1.5, 0.5, 0.0, 0.0, 0.0, -20.0, -20.0])
+    liking = torch.tensor([3.0, 1.5, 0.5, 0.0, 0.0, 0.0, -60.0, -60.0])
     with torch.no_grad():
         model.embed.weight += direction
         for layer in model.layers:
-            # Attention's values do not see it: the gradients of queries and keys are differences of what they add up to.
+            # Values do not see it: gradients of queries and keys are differences between them, not what they share.
             wv = layer.attn.wv.weight
             wv -= torch.outer(wv @ direction, direction) / ARCH.hidden_size
             if layer.is_moe:

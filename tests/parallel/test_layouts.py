@@ -148,6 +148,8 @@ MIXED_TECHNIQUES = {"checkpointing": "selective", "checkpointing_ratio": 0.5}
         ("SP 2 x EP 2", ALL_TECHNIQUES),
         ("EP 2, fused", MIXED_TECHNIQUES),
         ("SP 2", MIXED_TECHNIQUES),
+        ("SP 2 x EP 2, all_to_all, halves", ALL_TECHNIQUES),
+        ("SP 2 x EP 2, all_to_all, halves", MIXED_TECHNIQUES),
     ],
 )
 def test_memory_techniques_change_nothing(ranks, weights, expected, table, name, memory):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtuner import ops
@@ -66,8 +65,9 @@ class LatentAttention(nn.Module):
         k_rotated = ops.rotary(_halves(k_rotated[:, None]), *rotary).expand(-1, self.heads, -1)
         q, k = torch.cat([q_plain, q_rotated], -1), torch.cat([k_plain, k_rotated], -1)
         if self.exchange is not None:
-            q, k, v = self.exchange.to_heads(q, k, F.pad(v, (0, q.shape[-1] - self.width_v)), total_tokens)
-            v = v[..., : self.width_v]
+            q = self.exchange.to_heads(q, total_tokens)
+            k = self.exchange.to_heads(k, total_tokens)
+            v = self.exchange.to_heads(v, total_tokens)
         out = ops.attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, self.scale)
         if self.exchange is not None:
             out = self.exchange.to_tokens(out)
