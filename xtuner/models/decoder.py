@@ -83,17 +83,20 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         whole = Part(x_TD, rotary, cu_seqlens, max_seqlen, total_tokens, topk_idx)
         if cut is None:
-            return interleave([self._steps(whole, cache)])[0]
-        first, second = interleave([self._steps(half, cache) for half in whole.halves(cut)])
+            return interleave([self._steps(whole, cache, pausing=False)])[0]
+        first, second = interleave([self._steps(half, cache, pausing=True) for half in whole.halves(cut)])
         stats = first[1].joined(second[1]) if self.is_moe else None
         return torch.cat([first[0], second[0]]), stats
 
-    def _steps(self, part: Part, cache: KVCache | None) -> Generator[None, None, tuple[Tensor, RouterStats | None]]:
+    def _steps(
+        self, part: Part, cache: KVCache | None, pausing: bool
+    ) -> Generator[None, None, tuple[Tensor, RouterStats | None]]:
         x_TD, rotary, cu_seqlens, max_seqlen, total_tokens, topk_idx = part
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rotary, cu_seqlens, max_seqlen, cache, total_tokens)
         if not self.is_moe:
             return x_TD + self.mlp(self.mlp_norm(x_TD)), None
-        y_TD, stats = yield from self.moe.steps(self.mlp_norm(x_TD), topk_idx)
+        h_TD = self.mlp_norm(x_TD)
+        y_TD, stats = (yield from self.moe.steps(h_TD, topk_idx)) if pausing else self.moe(h_TD, topk_idx)
         return x_TD + y_TD, stats
 
 
