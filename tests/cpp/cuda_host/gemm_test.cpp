@@ -73,6 +73,23 @@ TEST_P(CudaGemm, KGroupedMatchesTheCpu) {
   }
 }
 
+// Of the kernels that load ahead: more stages than any ring has, in every schedule, for both widths of a tile.
+class CudaRing : public CudaGemm {};
+
+TEST_P(CudaRing, StagesAreReused) {
+  Rng rng(5);
+  for (unsigned trial = 0; trial < 8; ++trial) {
+    cuda_host::set_schedule(trial % 4);
+    MCase m;
+    m.rows = {5, 3}, m.n = trial / 4 ? 136 : 8, m.k = 520, m.in = GetParam().dtypes[0];
+    m.per_token = trial % 2;
+    ASSERT_NO_THROW(m_grouped_case(rng, m)) << m.name() << " schedule " << trial % 4;
+    KCase k;
+    k.rows = {470, 60}, k.n = m.n, k.in = m.in, k.per_token = m.per_token;
+    ASSERT_NO_THROW(k_grouped_case(rng, k)) << k.name() << " schedule " << trial % 4;
+  }
+}
+
 TEST_P(CudaGemm, NothingToDo) {
   Rng rng(3);
   const int64_t n = GetParam().sizes[1];
@@ -134,6 +151,8 @@ TEST_P(CudaGemm, NotesBadOffsetsAndIndices) {
   compare({0, 30, 40}, {0, 30, 40}, bad, dropped, fault_word(Fault::gemm_src, 7));
 }
 
+INSTANTIATE_TEST_SUITE_P(Paths, CudaRing, testing::Values(mma_sync, wgmma),
+                         [](const auto& p) { return p.param.name; });
 INSTANTIATE_TEST_SUITE_P(Paths, CudaGemm, testing::Values(plain, mma_sync, wgmma),
                          [](const auto& p) { return p.param.name; });
 
