@@ -261,8 +261,8 @@ XT_INLINE void scales_of(const int32_t* maxima, ScaleRule rule, float* scale, fl
     const Vec maximum = Vec::of(bits);
     Vec s = select_gt(eps, maximum, eps, maximum) / largest;
     if (rule.power_of_two) {
-      const Ints exact = (Ints)s.v, up = (exact + 0x7fffff) & 0x7f800000;
-      s = Vec::of(exact < 0x7f800000 ? up : exact);
+      const Ints exact = (Ints)s.v, finite = exact < 0x7f800000;
+      s = Vec::of(finite ? ((exact & finite) + 0x7fffff) & 0x7f800000 : exact);
     }
     s.store(scale + i);
     (one / s * lift).store(factor + i);

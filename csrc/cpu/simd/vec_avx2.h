@@ -91,8 +91,9 @@ struct Vec {
   // difference is less than 32 and shares no bits with Base's exponent.
   template <int32_t Least, int32_t Base>
   static XT_INLINE Ints exceed(Ints i) {
-    const Ints at_least = (Ints)_mm256_max_epi32((__m256i)i, _mm256_set1_epi32(Least));
-    return (at_least & 0x7f800000) + (Base - Least);
+    const __m256i at_least = _mm256_max_epi32((__m256i)i, _mm256_set1_epi32(Least));
+    const __m256i exponent = _mm256_and_si256(at_least, _mm256_set1_epi32(0x7f800000));
+    return (Ints)_mm256_add_epi32(exponent, _mm256_set1_epi32(Base - Least));  // beyond the largest int for NaN
   }
   // Per lane Low times the signed lower half plus High times the upper half.
   template <int16_t Low, int16_t High>

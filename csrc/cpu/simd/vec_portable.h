@@ -75,7 +75,8 @@ struct Vec {
   template <int32_t Least, int32_t Base>
   static XT_INLINE Ints exceed(Ints i) {
     const Ints least = Ints{} + Least, at_least = i > least ? i : least;
-    return (at_least & 0x7f800000) + (Base - Least);
+    const Bits exponent = (Bits)(at_least & 0x7f800000);
+    return (Ints)(exponent + static_cast<uint32_t>(Base - Least));  // beyond the largest int for NaN
   }
   // Per lane Low times the signed lower half plus High times the upper half.
   template <int16_t Low, int16_t High>
