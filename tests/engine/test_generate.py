@@ -11,6 +11,7 @@ from tests.engine.tiny import make_tokenizer
 from tests.models.hf_models import BASE, FAMILIES, MOE
 from xtuner.engine.generate import Generator, sampling_distribution
 from xtuner.errors import CheckpointError, ConfigError, DataError
+from xtuner.models import SIZES, config_to_hf
 from xtuner.run import main
 
 PROMPTS = ["the router", "a", "many experts weigh the tokens of a gate", "pick "]
@@ -53,6 +54,12 @@ def reference(model, ids, max_new_tokens):
     )
     new = out[0, len(ids) :].tolist()
     return new[: new.index(0)] if 0 in new else new
+
+
+def test_latent_attention_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SIZES["deepseek-v3-tiny"])))
+    with pytest.raises(ConfigError, match=r"generation with latent attention \(family deepseek_v3\) is not supported"):
+        Generator(tmp_path)
 
 
 def test_greedy_equals_transformers(directory, generator):

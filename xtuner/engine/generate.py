@@ -35,6 +35,11 @@ class Generator:
     def __init__(self, path: Path | str, dtype: str = "float32", device: str = "cpu"):
         self.path, self.device = Path(path), device
         self.cfg = config_from_hf(self.path)
+        if self.cfg.mla is not None:
+            raise ConfigError(
+                f"{path}: generation with latent attention (family {self.cfg.family}) is not supported; transformers "
+                "can generate from this directory"
+            )
         self.tokenizer = load_tokenizer(self.path)
         self.end_tokens = _end_tokens(self.path, self.cfg.eos_token_id, self.tokenizer.eos_token_id)
         self.dtype = getattr(torch, dtype)
