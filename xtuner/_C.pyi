@@ -241,6 +241,16 @@ def quantize_rowcol(
 def dequantize(q: Tensor, scale: Tensor, out: Tensor, num_threads: int) -> None:
     """out = q * scale for q[R,H] with row scales or q[E,N,K] with block scales."""
 
+signal_bytes: int
+
+class Peers:
+    """Where the memory of each rank is, as this rank sees it. memory: the address of each rank's signal page of
+    signal_bytes zeros, behind which are two index areas and the data area."""
+
+    def __init__(
+        self, rank: int, memory: Sequence[int], index_bytes: int, data_bytes: int, timeout_s: float
+    ) -> None: ...
+
 class SharedMemory:
     """One rank's share of a group's memory and its view of the others'. Making one is collective: every rank calls
     all_gather twice. data_bytes bounds what a rank shares at a time; it is taken from the machine only when used."""
@@ -256,6 +266,8 @@ class SharedMemory:
     def reached(self) -> int:
         """Bytes that pieces have ever been taken from: what the share has cost the machine."""
 
+    @property
+    def peers(self) -> Peers: ...
     def owns(self, tensor: Tensor) -> bool:
         """Whether the other ranks reach this tensor where it is."""
 
@@ -267,20 +279,24 @@ class SharedPiece:
 def ep_prepare(
     topk_idx: Tensor,
     capacity: int | None,
-    memory: SharedMemory,
+    peers: Peers,
     counts: Tensor,
     dest: Tensor,
     offsets: Tensor,
     num_threads: int,
+    workspace: Tensor | None = None,
 ) -> None:
     """topk_idx i32|i64[T,K] -> counts i32[W,E], dest i32[T,K,2], offsets i64[E/W+1]. Drops rows from capacity on."""
+
+def ep_prepare_workspace_size(topk_idx: Tensor, num_experts: int) -> int:
+    """int32 values of workspace that ep_prepare needs on the device of topk_idx; 0 on the CPU."""
 
 def ep_dispatch(
     x: Tensor,
     scales: Tensor | None,
     counts: Tensor,
     dest: Tensor,
-    memory: SharedMemory,
+    peers: Peers,
     out: Tensor,
     out_scales: Tensor | None,
     num_threads: int,
@@ -291,7 +307,7 @@ def ep_combine(
     y: Tensor,
     counts: Tensor,
     dest: Tensor,
-    memory: SharedMemory,
+    peers: Peers,
     probs: Tensor | None,
     out: Tensor,
     num_threads: int,
@@ -303,7 +319,7 @@ def ep_combine_bwd(
     y: Tensor,
     counts: Tensor,
     dest: Tensor,
-    memory: SharedMemory,
+    peers: Peers,
     probs: Tensor,
     dy: Tensor,
     dprobs: Tensor,

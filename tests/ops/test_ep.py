@@ -66,7 +66,7 @@ def test_capacity():
 
 
 def test_shared_tensors_are_read_in_place_and_their_memory_is_used_again():
-    group = ops.EpGroup(0, 1, lambda mine: [mine])
+    group = ops.HostEpGroup(0, 1, lambda mine: [mine])
     x = group.empty((5, 3), torch.bfloat16)
     assert group.share(x) is x and group.memory.allocated == 4096
     elsewhere = torch.randn(5, 3)
@@ -95,7 +95,7 @@ def test_expert_products_write_into_the_memory_of_the_group():
 
 
 def test_bad_input_names_the_argument():
-    group = ops.EpGroup(0, 1, lambda mine: [mine])
+    group = ops.HostEpGroup(0, 1, lambda mine: [mine])
     route = ops.ep_prepare(routing(12, 2, 3), 3, group)
     with pytest.raises(OpError, match=r"ep_dispatch: x must be .* \[T, H\], got .*(float64|unsupported)"):
         ops.ep_dispatch(randn(12, 8).double(), route, group)
@@ -108,7 +108,7 @@ def test_bad_input_names_the_argument():
     with pytest.raises(OpError, match="gave this group up in exchange 2; make a new group"):
         ops.ep_prepare(torch.tensor([[0]]), 3, group)
     with pytest.raises(OpError, match="world must be in"):
-        ops.EpGroup(0, 65, lambda mine: [mine])
+        ops.HostEpGroup(0, 65, lambda mine: [mine])
     last = group.id
     del group
     gc.collect()

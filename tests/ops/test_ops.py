@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # (tokens, choices, experts); the routing leaves some experts without tokens and drops some choices.
 LAYOUTS = [(37, 2, 5), (64, 4, 7), (1, 1, 1), (16, 3, 40), (0, 2, 3), (130, 1, 2)]
 
-ALONE = ops.EpGroup(0, 1, lambda mine: [mine])  # expert parallelism without anybody else
+ALONE = ops.HostEpGroup(0, 1, lambda mine: [mine])  # expert parallelism without anybody else
 
 
 def routing(tokens, k, experts, seed=0, drop=0.1):

@@ -72,7 +72,7 @@ class ParallelConfig(ConfigBase):
         1, description="2: halves of a batch take turns in each layer, one computing while the other's tokens travel"
     )
     dispatcher: Literal["auto", "all_to_all", "fused"] = Field(
-        "auto", description="how tokens travel to experts; auto: fused (shared memory) where a group is on one machine"
+        "auto", description="how tokens travel to experts; auto: fused (shared memory) on CPUs of one machine"
     )
     dispatch_mode: Literal["exact", "static"] = Field(
         "exact", description="room for the rows of a rank's experts: as many as come, or always capacity_factor's"

@@ -3,8 +3,9 @@
 from xtuner.ops._lib import OpError
 from xtuner.ops.attention import attention
 from xtuner.ops.chunked_loss import chunked_loss
-from xtuner.ops.ep import EpGroup, EpRoute
+from xtuner.ops.ep import EpGroup, EpRoute, HostEpGroup
 from xtuner.ops.ep_combine import ep_combine
+from xtuner.ops.ep_device import DeviceEpGroup
 from xtuner.ops.ep_dispatch import ep_dispatch, ep_dispatch_quantized
 from xtuner.ops.ep_prepare import ep_prepare
 from xtuner.ops.faults import raise_faults, watch_faults
@@ -25,9 +26,11 @@ from xtuner.ops.topk_softmax import topk_softmax
 from xtuner.ops.unpermute import unpermute
 
 __all__ = [
+    "DeviceEpGroup",
     "EpGroup",
     "EpRoute",
     "Float8Weight",
+    "HostEpGroup",
     "OpError",
     "attention",
     "chunked_loss",

@@ -16,9 +16,9 @@ def ep_combine(y: Tensor, route: EpRoute, group: EpGroup, probs: Tensor | None =
     In float32 and in the order of k: the bits are those of `unpermute` on one rank that holds all experts.
 
     Args:
-        y: float32 or bfloat16 [R, H], rows of this rank's experts. Where it is in the group's memory (`EpGroup.empty`)
-            the other ranks read it there, and nobody may write to it before this rank's next op of the group has ended;
-            elsewhere it is copied first. (Under torch.compile it is always copied.)
+        y: float32 or bfloat16 [R, H], rows of this rank's experts. On the CPU, where it is in the group's memory
+            (`EpGroup.empty`) the other ranks read it there, and nobody may write to it before this rank's next op of
+            the group has ended; elsewhere, on a GPU and under torch.compile it is copied first.
         route: from `ep_prepare`.
         probs: float32 [T, K], or None for weights of one. Differentiable.
 
@@ -39,8 +39,9 @@ def _fake(y: Tensor, counts: Tensor, dest: Tensor, probs: Tensor | None, group: 
 def _ep_combine(y: Tensor, counts: Tensor, dest: Tensor, probs: Tensor | None, group: int, in_place: bool) -> Tensor:
     ep = group_of(group)
     out = _fake(y, counts, dest, probs, group, in_place)
-    shared = ep.share(y) if in_place else ep.empty(y.shape, y.dtype).copy_(y)
-    _C.ep_combine(shared, counts, dest, ep.memory, probs, out, torch.get_num_threads())
+    area = ep.next_area()
+    shared = area.share(y) if in_place else area.empty(y.shape, y.dtype).copy_(y)
+    _C.ep_combine(shared, counts, dest, ep.peers, probs, out, torch.get_num_threads())
     return out
 
 
@@ -50,9 +51,10 @@ def _fake_bwd(dout: Tensor, y: Tensor, counts, dest, probs: Tensor, group: int) 
 
 def _ep_combine_bwd(dout: Tensor, y: Tensor, counts, dest, probs: Tensor, group: int) -> tuple[Tensor, Tensor]:
     ep = group_of(group)
-    dy, dprobs = ep.empty(y.shape, y.dtype), torch.empty_like(probs)
-    _C.ep_combine_bwd(dout, ep.share(y), counts, dest, ep.memory, probs, dy, dprobs, torch.get_num_threads())
-    return dy, dprobs
+    area = ep.next_area()
+    dy, dprobs = area.empty(y.shape, y.dtype), torch.empty_like(probs)
+    _C.ep_combine_bwd(dout, area.share(y), counts, dest, ep.peers, probs, dy, dprobs, torch.get_num_threads())
+    return area.keep(dy), dprobs
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -42,9 +42,10 @@ def _fake(x: Tensor, offsets, counts: Tensor, dest: Tensor, capacity: int | None
 
 def _ep_dispatch(x: Tensor, offsets, counts: Tensor, dest: Tensor, capacity: int | None, group: int) -> Tensor:
     ep = group_of(group)
-    out = ep.empty((_num_rows(offsets, capacity), x.shape[1]), x.dtype)
-    _C.ep_dispatch(x, None, counts, dest, ep.memory, out, None, torch.get_num_threads())
-    return out
+    area = ep.next_area()
+    out = area.empty((_num_rows(offsets, capacity), x.shape[1]), x.dtype)
+    _C.ep_dispatch(x, None, counts, dest, ep.peers, out, None, torch.get_num_threads())
+    return area.keep(out)
 
 
 def ep_dispatch_quantized(q: Tensor, scale: Tensor, route: EpRoute, group: EpGroup) -> tuple[Tensor, Tensor]:
@@ -66,10 +67,11 @@ def _fake_quantized(q: Tensor, scale: Tensor, offsets, counts, dest, capacity: i
 
 def _ep_dispatch_quantized(q: Tensor, scale: Tensor, offsets, counts, dest, capacity: int | None, group: int):
     ep, rows = group_of(group), _num_rows(offsets, capacity)
-    out = ep.empty((rows, q.shape[1]), q.dtype)
-    out_scale = ep.empty((scale.shape[0], row_scale_ld(rows)), scale.dtype)
-    _C.ep_dispatch(q, scale, counts, dest, ep.memory, out, out_scale, torch.get_num_threads())
-    return out, out_scale
+    area = ep.next_area()
+    out = area.empty((rows, q.shape[1]), q.dtype)
+    out_scale = area.empty((scale.shape[0], row_scale_ld(rows)), scale.dtype)
+    _C.ep_dispatch(q, scale, counts, dest, ep.peers, out, out_scale, torch.get_num_threads())
+    return area.keep(out), area.keep(out_scale)
 
 
 def _setup(ctx, inputs, output) -> None:

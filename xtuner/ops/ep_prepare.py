@@ -20,7 +20,8 @@ def ep_prepare(topk_idx: Tensor, num_experts: int, group: EpGroup, capacity: int
             many rows as come.
 
     Raises:
-        OpError: an index outside [-1, num_experts); a rank that does not come in time.
+        OpError: an index outside [-1, num_experts); a rank that does not come in time. On a GPU both are noted for
+            `raise_faults`, here and in the other ops of the group.
     """
     return EpRoute(*torch.ops.xtuner.ep_prepare(topk_idx, num_experts, group.id, capacity), capacity)
 
@@ -34,8 +35,10 @@ def _fake(topk_idx: Tensor, num_experts: int, group: int, capacity: int | None) 
 
 def _ep_prepare(topk_idx: Tensor, num_experts: int, group: int, capacity: int | None):
     offsets, counts, dest = _fake(topk_idx, num_experts, group, capacity)
-    memory = group_of(group).memory
-    _C.ep_prepare(topk_idx, capacity, memory, counts, dest, offsets, torch.get_num_threads())
+    size = _C.ep_prepare_workspace_size(topk_idx, num_experts)
+    workspace = topk_idx.new_empty(size, dtype=torch.int32) if size else None
+    peers = group_of(group).peers
+    _C.ep_prepare(topk_idx, capacity, peers, counts, dest, offsets, torch.get_num_threads(), workspace)
     return offsets, counts, dest
 
 

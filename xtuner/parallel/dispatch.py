@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xtuner import ops
 from xtuner.parallel.dispatch_rounds import cut_into_rounds
+from xtuner.parallel.peer_memory import make_group
 from xtuner.parallel.travel import Travel
 from xtuner.parallel.world import World
 
@@ -120,20 +121,22 @@ class FusedRows(NamedTuple):
 
 
 class FusedDispatcher(Dispatcher):
-    """Ranks of one machine write rows straight into each other's memory.
+    """Ranks write rows straight into each other's memory: processes of one machine, or GPUs that reach each other.
 
-    `timeout_s` is how long a rank is waited for. Other arguments as for `Dispatcher`.
+    `timeout_s` is how long a rank is waited for; `group` is made by `make_group` unless it is given. Other arguments as
+    for `Dispatcher`.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None, *, timeout_s: float = 300.0, **bounds: Any):
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        timeout_s: float = 300.0,
+        **bounds: Any,
+    ):
         super().__init__(process_group, **bounds)
-
-        def all_gather(mine: bytes) -> list[bytes]:
-            gathered: list[bytes] = [b""] * self.world_size
-            dist.all_gather_object(gathered, mine, group=process_group)
-            return gathered
-
-        self.group = ops.EpGroup(self.rank, self.world_size, all_gather, timeout_s)
+        self.group = make_group(process_group, torch.device(device), timeout_s)
 
     def combine(self, y_RD: Tensor, dispatched: FusedRows, weights_TK: Tensor) -> Tensor:
         return ops.ep_combine(y_RD, dispatched.route, self.group, weights_TK)
@@ -145,12 +148,15 @@ class FusedDispatcher(Dispatcher):
             self._note_missing(rows - route.capacity)
             return FusedPlan(route, None)
         route = ops.ep_prepare(topk_idx_TK, num_experts, self.group)
-        if not self.bounded:
+        if not self.bounded and not self.group.must_reserve:
             return FusedPlan(route, None)  # the dispatch reads how many rows it needs
         rows_WW = rows_between_ranks(route.counts)
         return FusedPlan(route._replace(capacity=int(rows_WW[:, self.rank].sum())), rows_WW)
 
     def _send(self, x_TD: Tensor, plan: FusedPlan) -> FusedRows:
+        if self.group.must_reserve:
+            rows = plan.route.capacity if plan.rows_WW is None else int(plan.rows_WW.sum(0).max())
+            self.group.reserve(rows_of_an_op(rows, x_TD))
         return FusedRows(ops.ep_dispatch(x_TD, plan.route, self.group), plan.route.offsets, plan.route, self.group)
 
 
@@ -226,6 +232,11 @@ class AllToAllDispatcher(Dispatcher):
             expert_R = experts.repeat_interleave(arriving.flatten(), output_size=sum(receive))
         _, offsets, *row_map = ops.route_map(expert_R[:, None], arriving.shape[1])
         return AllToAllPlan(send, receive, token_map, tuple(row_map), offsets, rows_WW)
+
+
+def rows_of_an_op(rows: int, x_TD: Tensor) -> int:
+    """Bytes that the ops of a dispatch and its gradients need at most: rows, and their gradients beside them."""
+    return 2 * (rows * x_TD.shape[1] * x_TD.element_size() + 512)
 
 
 def rows_between_ranks(counts_WE: Tensor) -> Tensor:
