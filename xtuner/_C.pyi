@@ -116,6 +116,28 @@ def gemm_m_grouped(
     bias [E,N] is added; with src, row r of a is a[src[r] // num_experts_per_tok]; act[R,N/2] becomes swiglu(out).
     """
 
+def gemm_m_grouped_dswiglu(
+    dy: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    *,
+    weights: Tensor | None = None,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+    dx: Tensor,
+    act: Tensor,
+    dweights: Tensor | None = None,
+    workspace: Tensor | None = None,
+    num_threads: int,
+) -> None:
+    """With g = dy @ b per expert (b[E,D,I]): dx[R,2I] = gradient of swiglu(x) for weights * g, act[R,I] =
+    weights * swiglu(x), dweights f32[R] = <g, swiglu(x)>. weights f32[R], dweights, workspace come together or not."""
+
+def gemm_m_grouped_dswiglu_workspace_size(x: Tensor) -> int:
+    """float32 values of workspace on the device of x."""
+
 def gemm_k_grouped(
     a: Tensor,
     b: Tensor,

@@ -4,6 +4,7 @@
 #include "xtuner/ops/ep_prepare.h"
 #include "xtuner/ops/quantize.h"
 #include "xtuner/ops/gemm_m_grouped.h"
+#include "xtuner/ops/gemm_m_grouped_dswiglu.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/ops/topk_softmax.h"
 #include "xtuner/tensor.h"
@@ -23,6 +24,9 @@ void unpermute_bwd(const Tensor& dout, const Tensor* y, const Tensor& src, const
                    const Tensor& dy, const Tensor* dprobs, int num_threads);
 void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b,
                     const GemmMGroupedOptions& options, const Tensor& out, int num_threads);
+void gemm_m_grouped_dswiglu(const Tensor& dy, const Tensor& b, const Tensor& offsets, const Tensor& x,
+                            const DswigluOptions& options, const Tensor& dx, const Tensor& act, int num_threads);
+int64_t gemm_m_grouped_dswiglu_workspace_size(int64_t rows, int64_t width);
 void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const RowGather& gather_b,
                     const Tensor& out, int num_threads);
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, int num_threads);

@@ -47,6 +47,12 @@ struct GemmEpilogue {
   int64_t half = 0;            // features of act; 0: no SwiGLU
   int64_t act_row = 0;         // from one token of act to the next
   float alpha = 1, limit = 0, up_offset = 0;
+
+  // Instead: the output is the gradient of swiglu(gate_up), in the first halves of rows, and becomes that of gate_up,
+  // as wide as these rows, while act becomes their activation. v_stride is 1.
+  const void* gate_up = nullptr;
+  const float* weights = nullptr;  // [tokens], of both; null: 1
+  float* dots = nullptr;           // with weights: output times activation before them, [tokens, panels of V]
 };
 
 struct GemmProblem {

@@ -5,6 +5,7 @@
 #include "tensor_caster.h"
 #include "xtuner/ops/gemm_k_grouped.h"
 #include "xtuner/ops/gemm_m_grouped.h"
+#include "xtuner/ops/gemm_m_grouped_dswiglu.h"
 #include "xtuner/ops/permute.h"
 #include "xtuner/ops/route_map.h"
 #include "xtuner/ops/swiglu.h"
@@ -86,6 +87,22 @@ void gemm_m_grouped(py::handle a, py::handle b, py::handle offsets, bool trans_b
   xt::gemm_m_grouped(*ta, *tb, *to, trans_b, *tc, stream_of(ta, num_threads), options);
 }
 
+void gemm_m_grouped_dswiglu(py::handle dy, py::handle b, py::handle offsets, py::handle x, py::handle weights,
+                            double alpha, std::optional<double> limit, double up_offset, py::handle dx, py::handle act,
+                            py::handle dweights, py::handle workspace, int num_threads) {
+  const char* op = "gemm_m_grouped_dswiglu";
+  Arg tdy(op, "dy", dy), tb(op, "b", b), to(op, "offsets", offsets), tx(op, "x", x), tdx(op, "dx", dx), ta(op, "act", act);
+  OptionalArg w(op, "weights", weights), dw(op, "dweights", dweights), space(op, "workspace", workspace);
+  const DswigluOptions options = {{alpha, limit, up_offset}, w.get(), dw.get(), space.get()};
+  py::gil_scoped_release nogil;
+  xt::gemm_m_grouped_dswiglu(*tdy, *tb, *to, *tx, *tdx, *ta, stream_of(tdy, num_threads), options);
+}
+
+int64_t gemm_m_grouped_dswiglu_workspace_size(py::handle x) {
+  const Arg a("gemm_m_grouped_dswiglu_workspace_size", "x", x);
+  return xt::gemm_m_grouped_dswiglu_workspace_size(*a);
+}
+
 void gemm_k_grouped(py::handle a, py::handle b, py::handle offsets, double beta, py::handle src,
                     int64_t num_experts_per_tok, py::handle out, int num_threads) {
   const char* op = "gemm_k_grouped";
@@ -134,6 +151,10 @@ void bind_moe(py::module_& m) {
   m.def("gemm_m_grouped", &gemm_m_grouped, "a"_a, "b"_a, "offsets"_a, "trans_b"_a, py::kw_only(), "bias"_a = none,
         "src"_a = none, "num_experts_per_tok"_a = 1, "act"_a = none, "alpha"_a = 1.0, "limit"_a = none,
         "up_offset"_a = 0.0, "out"_a, "num_threads"_a);
+  m.def("gemm_m_grouped_dswiglu", &gemm_m_grouped_dswiglu, "dy"_a, "b"_a, "offsets"_a, "x"_a, py::kw_only(),
+        "weights"_a = none, "alpha"_a = 1.0, "limit"_a = none, "up_offset"_a = 0.0, "dx"_a, "act"_a,
+        "dweights"_a = none, "workspace"_a = none, "num_threads"_a);
+  m.def("gemm_m_grouped_dswiglu_workspace_size", &gemm_m_grouped_dswiglu_workspace_size, "x"_a);
   m.def("gemm_k_grouped", &gemm_k_grouped, "a"_a, "b"_a, "offsets"_a, "beta"_a, py::kw_only(), "src"_a = none,
         "num_experts_per_tok"_a = 1, "out"_a, "num_threads"_a);
   m.def("swiglu", &swiglu, "x"_a, "offsets"_a, "alpha"_a, "limit"_a, "up_offset"_a, "out"_a, "num_threads"_a);

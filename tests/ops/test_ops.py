@@ -184,6 +184,9 @@ def samples():
         "unpermute_bwd": (randn(12, 8), randn(rows, 8), row_of, src, probs),
         "gemm_m_grouped": (grad(12, 8), grad(3, 6, 8), offsets, True, grad(3, 6), row_of, src),
         "gemm_m_grouped_swiglu": (grad(12, 8), grad(3, 6, 8), offsets, grad(3, 6), row_of, src, 1.0, None, 0.0),
+        "gemm_m_grouped_dswiglu": (
+            randn(rows, 6), randn(3, 6, 4), offsets, randn(rows, 8), torch.rand(rows), 1.0, None, 0.0,
+        ),
         "gemm_k_grouped": (grad(rows, 8), grad(12, 6), offsets, torch.float32, row_of, src),
         "gemm_k_grouped_": (randn(3, 8, 6), randn(rows, 8), randn(rows, 6), offsets, 1.0),
         "linear": (grad(9, 8), grad(6, 8)),

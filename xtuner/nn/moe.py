@@ -123,5 +123,4 @@ class MoE(nn.Module):
             return ops.linear_fp8(h, self.to_local(self.w2), tokens.offsets)
         here = tokens.offsets.numel() - 1
         w13, w2 = (self.to_local(w).unflatten(0, (here, -1)) for w in (self.w13, self.w2))
-        h = ops.gemm_m_grouped_swiglu(tokens.x, w13, tokens.offsets, maps=tokens.maps, group=tokens.group)
-        return ops.gemm_m_grouped(h, w2, tokens.offsets, group=tokens.group)
+        return ops.grouped_mlp(tokens.x, w13, w2, tokens.offsets, tokens.maps, tokens.group)

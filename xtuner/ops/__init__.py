@@ -12,6 +12,8 @@ from xtuner.ops.faults import raise_faults, watch_faults
 from xtuner.ops.gemm_fp8 import gemm_k_grouped_fp8, gemm_k_grouped_fp8_, gemm_m_grouped_fp8
 from xtuner.ops.gemm_k_grouped import gemm_k_grouped, gemm_k_grouped_
 from xtuner.ops.gemm_m_grouped import gemm_m_grouped, gemm_m_grouped_swiglu
+from xtuner.ops.gemm_m_grouped_dswiglu import gemm_m_grouped_dswiglu
+from xtuner.ops.grouped_mlp import grouped_mlp
 from xtuner.ops.host import to_device, to_host
 from xtuner.ops.linear import linear
 from xtuner.ops.linear_cross_entropy import linear_cross_entropy
@@ -44,8 +46,10 @@ __all__ = [
     "gemm_k_grouped_fp8",
     "gemm_k_grouped_fp8_",
     "gemm_m_grouped",
+    "gemm_m_grouped_dswiglu",
     "gemm_m_grouped_fp8",
     "gemm_m_grouped_swiglu",
+    "grouped_mlp",
     "linear",
     "linear_cross_entropy",
     "linear_fp8",

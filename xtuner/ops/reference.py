@@ -94,6 +94,23 @@ def gemm_m_grouped_swiglu(a, b, offsets, bias=None, maps=None, alpha=1.0, limit=
     return swiglu(gemm_m_grouped(a, b, offsets, True, bias, maps), offsets, alpha, limit, up_offset)
 
 
+def gemm_m_grouped_dswiglu(dy, b, offsets, x, weights=None, alpha=1.0, limit=None, up_offset=0.0):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        act = swiglu(x, offsets, alpha, limit, up_offset)
+        used = torch.arange(len(x)) < int(offsets[-1])
+        w = used.to(x.dtype) if weights is None else torch.where(used, weights.to(x.dtype), 0.0)
+        g = gemm_m_grouped(dy.to(x.dtype), b, offsets, False)
+        (dx,) = torch.autograd.grad(act, x, w[:, None] * g)
+    act = act.detach()
+    dweights = x.new_empty(0) if weights is None else (g * act).sum(1)
+    return torch.where(used[:, None], dx, 0.0), w[:, None] * act, dweights
+
+
+def grouped_mlp(x, w13, w2, offsets, maps=None) -> Tensor:
+    return gemm_m_grouped(gemm_m_grouped_swiglu(x, w13, offsets, maps=maps), w2, offsets)
+
+
 def gemm_k_grouped(a, b, offsets, out_dtype: torch.dtype | None = None, maps=None) -> Tensor:
     bounds = offsets.tolist()
     if maps is not None:

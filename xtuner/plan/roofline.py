@@ -38,7 +38,7 @@ def arithmetic(func: torch._ops.OpOverload, args: Sequence[Any], result: Any) ->
     if name is ours.linear_cross_entropy:
         products = 1 + int(args[4]) + int(args[5])
         return 2.0 * products * args[0].numel() * args[1].shape[0], "dense"
-    if name in (ours.gemm_m_grouped, ours.gemm_m_grouped_swiglu):
+    if name in (ours.gemm_m_grouped, ours.gemm_m_grouped_swiglu, ours.gemm_m_grouped_dswiglu):
         out = result[0] if isinstance(result, (tuple, list)) else result
         rows, weight = out.shape[0], args[1]
         return 2.0 * rows * weight.shape[1] * weight.shape[2], "grouped"

@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/kernels.h"
 #include "cpu/simd/bf16.h"
+#include "cpu/simd/each_vector.h"
 #include "cpu/simd/gemm_micro.h"
 #include "cpu/simd/swiglu.h"
 
@@ -111,6 +112,48 @@ void activate_typed(const GemmProblem& p, const GemmTile& t, int64_t q, int64_t 
 template <class Vec>
 void activate(const GemmProblem& p, const GemmTile& t, int64_t q, int64_t n) {
   p.out.dtype == DType::f32 ? activate_typed<Vec, float>(p, t, q, n) : activate_typed<Vec, bf16_t>(p, t, q, n);
+}
+
+// Gradient of gate and up, activation and their product with the gradient: n columns of a row, whose `up` begins `half`
+// elements behind `gate`. dgate holds the gradient of the activation.
+template <class Vec, class T>
+XT_INLINE void dswiglu_row(const Swiglu<Vec>& f, const T* gate, T* dgate, int64_t half, T* act, int64_t n, float weight,
+                           float* dots) {
+  constexpr int64_t panel = 2 * Vec::width;
+  const Vec w = Vec::all(weight);
+  for (int64_t i = 0; i < n; i += panel, gate += panel, dgate += panel, act += panel) {
+    Vec dot = Vec::zero();
+    each_vector<Vec>(n - i < panel ? n - i : panel, [&](int64_t j, auto count) {
+      const Vec d = load<Vec>(dgate + j, count);
+      Vec dg, du, a;
+      f.backward(w * d, load<Vec>(gate + j, count), load<Vec>(gate + half + j, count), dg, du, a);
+      store(dg, dgate + j, count);
+      store(du, dgate + half + j, count);
+      store(w * a, act + j, count);
+      dot = fma(d, a, dot);
+    });
+    if (dots) *dots++ = sum(dot);
+  }
+}
+
+// The output of rows [q, q + n) of this tile becomes the gradient of gate and up.
+template <class Vec, class T>
+void dswiglu_typed(const GemmProblem& p, const GemmTile& t, int64_t q, int64_t n) {
+  const GemmEpilogue& e = p.epilogue;
+  constexpr int64_t panel = 2 * Vec::width;
+  const int64_t panels = (p.num_v + panel - 1) / panel, row = p.out.q_stride;
+  const Swiglu<Vec> f(e.alpha, e.limit, e.up_offset);
+  for (int64_t i = q; i < q + n; ++i) {
+    const T* gate = static_cast<const T*>(e.gate_up) + i * row + t.v0;
+    dswiglu_row<Vec>(f, gate, static_cast<T*>(p.out.data) + i * row + t.v0, row / 2,
+                     static_cast<T*>(e.act) + i * e.act_row + t.v0, t.v1 - t.v0, e.weights ? e.weights[i] : 1.0f,
+                     e.weights ? e.dots + i * panels + t.v0 / panel : nullptr);
+  }
+}
+
+template <class Vec>
+void dswiglu(const GemmProblem& p, const GemmTile& t, int64_t q, int64_t n) {
+  p.out.dtype == DType::f32 ? dswiglu_typed<Vec, float>(p, t, q, n) : dswiglu_typed<Vec, bf16_t>(p, t, q, n);
 }
 
 }  // namespace xt::cpu

@@ -69,6 +69,7 @@ class GemmTileRunner {
           if (b1 == blocks_.count) finish(from, n, sums);
         }
         if (b1 == blocks_.count && p_.epilogue.half) activate<Vec>(p_, t_, q, n);
+        if (b1 == blocks_.count && p_.epilogue.gate_up) dswiglu<Vec>(p_, t_, q, n);
       }
     }
     if (streams()) Vec::fence();
@@ -86,7 +87,8 @@ class GemmTileRunner {
   bool streams() const {
     const int64_t vector = Vec::width * size_of(p_.out.dtype);
     return t_.stream && (!direct_ || blocks_.count == 1) && !turned_ && !p_.out.accumulate && !p_.epilogue.bias &&
-           !p_.epilogue.half && p_.out.q_stride % Vec::width == 0 && reinterpret_cast<uintptr_t>(p_.out.data) % vector == 0;
+           !p_.epilogue.half && !p_.epilogue.gate_up && p_.out.q_stride % Vec::width == 0 &&
+           reinterpret_cast<uintptr_t>(p_.out.data) % vector == 0;
   }
 
   template <class T>

@@ -39,9 +39,16 @@ struct Swiglu {
 
   // d(out)/d(gate) = s + alpha g s (1 - s) with s = sigmoid(alpha g), times (up + offset); d(out)/d(up) = g s.
   XT_INLINE void backward(Vec dout, Vec g_raw, Vec u_raw, Vec& dg, Vec& du) const {
+    Vec out;
+    backward(dout, g_raw, u_raw, dg, du, out);
+  }
+
+  // The same, and what forward gives.
+  XT_INLINE void backward(Vec dout, Vec g_raw, Vec u_raw, Vec& dg, Vec& du, Vec& out) const {
     const Vec g = cut_gate(g_raw), u = cut_up(u_raw), zero = Vec::zero();
     const Vec s = sigmoid(alpha * g);
     const Vec gs = g * s;
+    out = gs * (u + up_offset);
     dg = dout * (u + up_offset) * fma(alpha * gs, Vec::all(1.0f) - s, s);
     du = dout * gs;
     if (!limited) return;
