@@ -25,6 +25,10 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
                     const GemmMGroupedOptions& options, const Tensor& out, Stream stream);
 void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const RowGather& gather_b,
                     const Tensor& out, Stream stream);
+void gemm_m_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
+                        const Tensor& offsets, const Tensor& out, Stream stream);
+void gemm_k_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
+                        const Tensor& offsets, bool accumulate, const Tensor& out, Stream stream);
 void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
                     Stream stream);
 void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, const Tensor& qt, const Tensor& scale,

@@ -1,18 +1,12 @@
 // Grouped products by plain multiply-adds: for float32, and for sizes whose rows the tensor-core kernels cannot load.
-#include "cuda/gemm.h"
-#include "cuda/rows.h"
+#include "cuda/gemm_simple.h"
 
 namespace xt::cuda {
 namespace {
 
-constexpr int tile = 64, depth = 16;
-constexpr int side = 16;            // a block is side x side threads
-constexpr int each = tile / side;   // a thread computes each x each outputs
-constexpr int loads = tile * depth / block_threads;
-static_assert(side * side == block_threads);
+using namespace simple;
 
-__device__ float widen(float x) { return x; }
-__device__ float widen(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+constexpr int loads = tile * depth / block_threads;
 
 // One operand of a tile: element (i, k) for lines [0, count) and k in [0, num_k), zero elsewhere.
 template <class T>
@@ -50,46 +44,12 @@ template <class T>
 __device__ void multiply(const Operand<T>& a, const Operand<T>& b, int64_t num_k, float (&sums)[each][each],
                          uint64_t* fault) {
   __shared__ float a_tile[depth][tile + 1], b_tile[depth][tile + 1];
-  const int ti = threadIdx.x / side, tj = threadIdx.x % side;
   for (int64_t k0 = 0; k0 < num_k; k0 += depth) {
     load(a, k0, num_k, a_tile, fault);
     load(b, k0, num_k, b_tile, fault);
     __syncthreads();
-    for (int k = 0; k < depth; ++k) {
-#pragma unroll
-      for (int i = 0; i < each; ++i) {
-#pragma unroll
-        for (int j = 0; j < each; ++j) {
-          sums[i][j] = fmaf(a_tile[k][ti + i * side], b_tile[k][tj + j * side], sums[i][j]);
-        }
-      }
-    }
+    add_products(a_tile, b_tile, sums);
     __syncthreads();
-  }
-}
-
-// out[row + i, col + j] for i < rows, j < cols.
-__device__ void store(const Epilogue& e, const float (&sums)[each][each], int64_t expert, bool unused, int64_t row,
-                      int64_t rows, int64_t col) {
-  const int ti = threadIdx.x / side, tj = threadIdx.x % side;
-#pragma unroll
-  for (int i = 0; i < each; ++i) {
-#pragma unroll
-    for (int j = 0; j < each; ++j) {
-      const int64_t r = row + ti + i * side, c = col + tj + j * side;
-      if (ti + i * side >= rows || c >= e.num_n) continue;
-      float x = sums[i][j];
-      if (e.out_f32) {
-        float* to = static_cast<float*>(e.out) + r * e.num_n + c;
-        if (e.bias && !unused) x += static_cast<const float*>(e.bias)[expert * e.num_n + c];
-        *to = e.accumulate ? *to + x : x;
-      } else {
-        bf16_t* to = static_cast<bf16_t*>(e.out) + r * e.num_n + c;
-        if (e.bias && !unused) x += widen(static_cast<const bf16_t*>(e.bias)[expert * e.num_n + c]);
-        if (e.accumulate) x = widen(*to) + x;
-        *to = Access<bf16_t, 1>::narrow(&x);
-      }
-    }
   }
 }
 

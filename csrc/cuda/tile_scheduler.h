@@ -44,6 +44,41 @@ class RowRanges {
   int64_t expert_ = 0, begin_ = 0, end_ = 0;
 };
 
+// Columns of float8 operands that lie along the experts' rows: each expert's range begins at the next multiple of `align`
+// behind the one before it. Offsets that decrease, or whose rows do not fit into the columns, are cut.
+class PaddedRanges {
+ public:
+  static constexpr int64_t align = 128;
+
+  // num_columns: a multiple of align.
+  XT_BOTH PaddedRanges(const int64_t* offsets, int64_t num_experts, int64_t num_columns)
+      : offsets_(offsets), num_experts_(num_experts), num_columns_(num_columns) {
+    rows_end_ = rows_end_of(0);
+  }
+
+  XT_BOTH int64_t expert() const { return expert_; }
+  XT_BOTH int64_t begin() const { return begin_; }
+  XT_BOTH int64_t end() const { return begin_ + (rows_end_ - row_); }
+  XT_BOTH int64_t rows_end() const { return rows_end_; }  // of the expert, before padding
+
+  XT_BOTH void advance() {
+    begin_ += ceil_div(rows_end_ - row_, align) * align;
+    row_ = rows_end_;
+    rows_end_ = rows_end_of(++expert_);
+  }
+
+ private:
+  XT_BOTH int64_t rows_end_of(int64_t expert) const {
+    if (expert >= num_experts_) return row_;
+    const int64_t end = offsets_[expert + 1], most = row_ + (num_columns_ - begin_);
+    return end < row_ ? row_ : end > most ? most : end;
+  }
+
+  const int64_t* offsets_;
+  int64_t num_experts_, num_columns_;
+  int64_t expert_ = 0, begin_ = 0, row_ = 0, rows_end_ = 0;
+};
+
 // Place of a tile among m_blocks x n_blocks tiles: bands of at most 8 blocks of rows, within a band column by column, so
 // that tiles computed at the same time share both operands in cache.
 struct TilePlace {
@@ -99,16 +134,17 @@ class MTiles {
   int64_t step_;
 };
 
-// Tile of out[e, M, N], a sum over the rows [begin, end) of expert e.
+// Tile of out[e, M, N], a sum over the rows (or columns) [begin, end) of expert e.
 struct KTile {
   int64_t expert, begin, end;
   int64_t m_block, n_block;
 };
 
-class KTiles {
+template <class Ranges>
+class KTilesOf {
  public:
-  XT_BOTH KTiles(const int64_t* offsets, int64_t num_experts, int64_t num_rows, int64_t m_blocks, int64_t n_blocks,
-                 int64_t first, int64_t step)
+  XT_BOTH KTilesOf(const int64_t* offsets, int64_t num_experts, int64_t num_rows, int64_t m_blocks, int64_t n_blocks,
+                   int64_t first, int64_t step)
       : ranges_(offsets, num_experts, num_rows),
         num_experts_(num_experts),
         m_blocks_(m_blocks),
@@ -130,10 +166,12 @@ class KTiles {
   }
 
  private:
-  RowRanges ranges_;
+  Ranges ranges_;
   int64_t num_experts_, m_blocks_, n_blocks_;
   int64_t index_;
   int64_t step_;
 };
+using KTiles = KTilesOf<RowRanges>;
+using PaddedKTiles = KTilesOf<PaddedRanges>;
 
 }  // namespace xt::cuda

@@ -29,6 +29,8 @@ std::string describe_fault(uint64_t word) {
       return other_rank(value) + " was in another op: all ranks must call the same ops in the same order";
     case Fault::ep_rows: return "ep_prepare: a rank would get " + index + " rows; at most 2^31 - 1 are possible";
     case Fault::ep_dest: return "ep: dest (choice " + index + ") must be a rank and a row of it, or (-1, -1)";
+    case Fault::gemm_columns:
+      return "gemm_k_grouped_fp8: the padded rows of expert " + index + " end past the P columns there are";
     default: return "not a fault: " + std::to_string(word);
   }
 }

@@ -1,6 +1,7 @@
 #include "xtuner/ops/gemm_k_grouped_fp8.h"
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "ops/checks.h"
 
 namespace xt {
@@ -24,6 +25,10 @@ void gemm_k_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b,
   switch (check.device().type) {
     case DeviceType::cpu:
       return cpu::gemm_k_grouped_fp8(a, scale_a, b, scale_b, offsets, beta == 1.0, out, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda:
+      return cuda::gemm_k_grouped_fp8(a, scale_a, b, scale_b, offsets, beta == 1.0, out, stream);
+#endif
     default: check.no_kernel();
   }
 }

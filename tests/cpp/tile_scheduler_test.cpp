@@ -85,6 +85,28 @@ TEST(TileScheduler, EveryWeightGradientHasOneTile) {
   }
 }
 
+TEST(TileScheduler, PaddedExpertsBeginWhereTheOnesBeforeEnd) {
+  Rng rng(5);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const Layout l = random_layout(rng);
+    int64_t columns = 0;  // that are needed
+    std::vector<int64_t> begin;
+    for (int64_t e = 0; e < l.experts(); ++e) {
+      begin.push_back(columns);
+      columns += (l.offsets[e + 1] - l.offsets[e] + 127) / 128 * 128;
+    }
+    int64_t tiles = 0;
+    for (int64_t block = 0; block < l.grid; ++block) {
+      PaddedKTiles mine(l.offsets.data(), l.experts(), columns + pick(rng, {0, 128}), 3, l.n_blocks, block, l.grid);
+      for (KTile t; mine.next(t); ++tiles) {
+        ASSERT_EQ(t.begin, begin[t.expert]);
+        ASSERT_EQ(t.end - t.begin, l.offsets[t.expert + 1] - l.offsets[t.expert]);
+      }
+    }
+    ASSERT_EQ(tiles, l.experts() * 3 * l.n_blocks);
+  }
+}
+
 // Offsets that decrease or leave the rows: still every row once, and nothing outside.
 TEST(TileScheduler, BadOffsetsAreCut) {
   Rng rng(3);
@@ -103,6 +125,9 @@ TEST(TileScheduler, BadOffsetsAreCut) {
     for (int count : covered) ASSERT_EQ(count, 1);
     KTiles k(l.offsets.data(), l.experts(), l.rows, 2, l.n_blocks, 0, 1);
     for (KTile t; k.next(t);) ASSERT_TRUE(t.begin >= 0 && t.begin <= t.end && t.end <= l.rows);
+    const int64_t columns = ceil_div(l.rows, 128) * 128;
+    PaddedKTiles padded(l.offsets.data(), l.experts(), columns, 2, l.n_blocks, 0, 1);
+    for (KTile t; padded.next(t);) ASSERT_TRUE(t.begin % 128 == 0 && t.begin <= t.end && t.end <= columns);
   }
 }
 

@@ -41,6 +41,7 @@ class Case(NamedTuple):
     call: Callable[..., Tensors]
     expected: Callable[..., Tensors]  # the same, in plain torch; floating-point inputs come as float64, NaN as 0
     exact: bool = False  # the bits, not only the values; floating-point inputs come as they are
+    precision: float = 2e-5  # of float32 results
 
     @property
     def has_kernel(self) -> bool:
@@ -137,6 +138,24 @@ def codes_inputs(s: Shape, dtype: torch.dtype, rng: torch.Generator) -> Tensors:
     return reference.quantize_1x128(randn(rng, dtype, s.tokens, s.blocks))
 
 
+def m_grouped_fp8_inputs(s: Shape, dtype: torch.dtype, rng: torch.Generator) -> Tensors:
+    """Operands, and an empty tensor of the output's dtype."""
+    x, offsets = rows(lambda s: s.blocks)(s, dtype, rng)
+    a, scale_a = reference.quantize_1x128(x, offsets)
+    used = int(offsets[-1])
+    a.view(torch.uint8)[used:] = 0x7F
+    scale_a[:, used:] = float("nan")
+    b, _, scale_b = reference.quantize_128x128(randn(rng, dtype, s.experts, 256, s.blocks) / s.blocks**0.5)
+    return a, scale_a, b, scale_b, offsets, torch.empty(0, dtype=dtype)
+
+
+def k_grouped_fp8_inputs(s: Shape, dtype: torch.dtype, rng: torch.Generator) -> Tensors:
+    x, offsets = rows(lambda s: s.blocks)(s, dtype, rng)
+    g = poisoned(randn(rng, dtype, x.shape[0], 128), offsets) / 8
+    (_, _, a, scale_a), (_, _, b, scale_b) = (reference.quantize_rowcol(t, offsets) for t in (g, x))
+    return a, scale_a, b, scale_b, offsets, torch.empty(0, dtype=dtype)
+
+
 def route_map_inputs(s: Shape, dtype: torch.dtype, rng: torch.Generator) -> Tensors:
     """Both index types in turn; a tensor whose length is the number of experts."""
     return routing(s, rng).to(torch.int32 if dtype == torch.float32 else torch.int64), torch.empty(s.experts, 0)
@@ -200,6 +219,20 @@ CASES = [
         lambda a, b, offsets: (ops.gemm_k_grouped(a, b, offsets),),
         lambda a, b, offsets: (reference.gemm_k_grouped(a, b, offsets),),
     ),
+    Case(
+        "gemm_m_grouped_fp8",
+        m_grouped_fp8_inputs,
+        lambda *operands: (ops.gemm_m_grouped_fp8(*operands[:-1], operands[-1].dtype),),
+        lambda *operands: (reference.gemm_m_grouped_fp8(*operands[:-1], torch.float64),),
+        precision=1e-3,  # Hopper's tensor cores keep some 14 bits of the products in a block's sum
+    ),
+    Case(
+        "gemm_k_grouped_fp8",
+        k_grouped_fp8_inputs,
+        lambda *operands: (ops.gemm_k_grouped_fp8(*operands[:-1], operands[-1].dtype),),
+        lambda *operands: (reference.gemm_k_grouped_fp8(*operands[:-1], torch.float64),),
+        precision=1e-3,
+    ),
     Case("quantize_1x128", rowcol_inputs, ops.quantize_1x128, reference.quantize_1x128, exact=True),
     Case(
         "quantize_128x128",
@@ -245,5 +278,5 @@ def check(case: Case, got: Tensors, inputs: Tensors, dtype: torch.dtype) -> None
             assert ours.dtype == wanted.dtype
             assert torch.equal(bits(ours), bits(wanted))
         else:  # bfloat16 by its own rounding, float32 by accumulation
-            tolerance = {"rtol": 2**-7, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 4e-5}
-            torch.testing.assert_close(ours.double().cpu(), wanted.double(), **tolerance)
+            rtol, atol = (2**-7, 1e-2) if dtype == torch.bfloat16 else (case.precision, 2 * case.precision)
+            torch.testing.assert_close(ours.double().cpu(), wanted.double(), rtol=rtol, atol=atol)

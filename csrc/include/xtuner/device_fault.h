@@ -21,6 +21,7 @@ enum class Fault : uint8_t {
   ep_order,
   ep_rows,              // index: rows
   ep_dest,              // index: t*K + k
+  gemm_columns,         // index: e
 };
 
 // Another rank in an exchange: the op (1 to 4, in the order of describe_fault), the rank and the exchange's number.

@@ -6,6 +6,7 @@
 #include <regex>
 
 #include "gemm_cases.h"
+#include "gemm_fp8_cases.h"
 
 namespace xt::test {
 namespace {
@@ -59,6 +60,12 @@ const std::map<std::string, std::function<void(Rng&)>> kernels_of = {
        MCase m;
        m.in = m.out = DType::f32, m.rows = {3}, m.k = 40;
        m_grouped_case(rng, m);
+     }},
+    {"gemm_simple_fp8.cu",
+     [](Rng& rng) {
+       MFp8Case m;
+       m.rows = {3};
+       m_grouped_fp8_case(rng, m);
      }},
     {"gemm.cu", [](Rng& rng) { run_products(rng, 8); }},
     {"gemm_epilogue.h", [](Rng& rng) { run_products(rng, 8); }},

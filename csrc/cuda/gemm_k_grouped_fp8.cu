@@ -1,0 +1,27 @@
+#include "cuda/cuda.h"
+#include "cuda/gemm_fp8.h"
+
+namespace xt::cuda {
+
+void gemm_k_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
+                        const Tensor& offsets, bool accumulate, const Tensor& out, Stream stream) {
+  const OnDevice guard("gemm_k_grouped_fp8", a);
+  if (out.numel() == 0) return;
+  const Epilogue epilogue = {out.data, out.dtype == DType::f32, out.shape[2], accumulate, nullptr, nullptr, Swiglu({})};
+  const KGroupedFp8 g = {a.data,
+                         b.data,
+                         a.dtype,
+                         b.dtype,
+                         scale_a.ptr<float>(),
+                         scale_b.ptr<float>(),
+                         offsets.ptr<int64_t>(),
+                         out.shape[0],
+                         a.shape[1],
+                         out.shape[1],
+                         out.shape[2],
+                         epilogue,
+                         stream.fault};
+  simple_k_grouped_fp8(g, stream);
+}
+
+}  // namespace xt::cuda
