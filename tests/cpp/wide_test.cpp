@@ -9,7 +9,7 @@ namespace xt::cpu {
 namespace {
 
 struct Wide {
-  static constexpr int width = 16, tile_rows = 14, block = 8;
+  static constexpr int width = 16, tile_rows = 14, thin_tile_rows = 14, block = 8;
   using Half = Wide;
   float v[width];
 
@@ -23,6 +23,7 @@ struct Wide {
   static Wide all(float x) {
     return each([&](int) { return x; });
   }
+  static Wide all_upper(const bf16_t* p) { return all(widen(p[1])); }
   static Wide load(const e4m3_t* p) {
     return each([&](int i) { return static_cast<float>(test::fp8_value(DType::e4m3, p[i].bits)); });
   }

@@ -48,7 +48,8 @@ XT_INLINE void multiply(int64_t num_rows, int64_t num_cols, Broadcast q, Panels 
       const int64_t m = num_rows - i < rows ? num_rows - i : rows;
       const Extent k = extent(i, i + m, j);
       if (k.begin >= k.end) continue;
-      const MicroFn fn = num_cols - j > Vec::width ? micro_for<Vec, Single, 2>(m) : micro_for<Vec, Single, 1>(m);
+      const bool wide = num_cols - j > Vec::width;
+      const MicroFn<float> fn = wide ? micro_for<Vec, Single, float, 2>(m) : micro_for<Vec, Single, float, 1>(m);
       fn(k.end - k.begin, q.data + i * q.row + k.begin * q.col, q.row, q.col, v.data + k.begin * v.row, v.row,
          sums + i * sums_row + j, sums_row, add ? Store::add : Store::set);
     }

@@ -34,7 +34,7 @@ XT_INLINE void promote(const float* block, int64_t m, int64_t n, const float* q_
 
 template <class Vec, class Unit>
 class GemmTileRunner {
-  static constexpr int64_t rows = Vec::tile_rows, cols = 2 * Vec::width;
+  static constexpr int64_t rows = Vec::tile_rows, most_rows = Vec::thin_tile_rows, cols = 2 * Vec::width;
   static constexpr int64_t most_slice = 96;  // plan_.slice at most
 
  public:
@@ -64,8 +64,7 @@ class GemmTileRunner {
         for (int64_t half = 0; half < q_halves; ++half) {
           float* sums = waiting ? sums_ + (half * (t_.q1 - t_.q0) + q - t_.q0) * sums_row_ : sums_;
           const int64_t from = q + half * p_.epilogue.half;
-          const QView view = view_q(from, n, b0, b1);
-          for (int64_t b = b0; b < b1; ++b) multiply(from, n, b, view.block(b - b0), packed_block(b - b0), sums);
+          multiply_slice(from, n, b0, b1, sums);
           if (b1 == blocks_.count) finish(from, n, sums);
         }
         if (b1 == blocks_.count && p_.epilogue.half) activate<Vec>(p_, t_, q, n);
@@ -129,15 +128,19 @@ class GemmTileRunner {
     }
   }
 
-  // Where the innermost loop finds Q: groups of `rows` rows, `group` from one to the next.
+  // Where the innermost loop finds Q: groups of `rows` rows, `group` from one to the next; with `group` 0 rows lie
+  // evenly, and it may take any number of them.
+  template <class T>
   struct QView {
-    const float* data;
-    int64_t row, col, rows, group, block_length;
-    QView block(int64_t i) const { return {data + i * block_length * col, row, col, rows, group, block_length}; }
+    const T* data;
+    int64_t row, col, group, block_length;
+    const T* at(int64_t i, int64_t block) const {
+      return data + (group ? i / rows * group : i * row) + block * block_length * col;
+    }
   };
 
-  QView view_q(int64_t q, int64_t n, int64_t b0, int64_t b1) const {
-    if (reads_q_in_place()) return view_in_place(q, b0);
+  QView<float> view_q(int64_t q, int64_t n, int64_t b0, int64_t b1) const {
+    if (reads_q_in_place()) return rows_in_place<float, Unit::elements>(q, b0);
     const int64_t from = k0(b0), to = k1(b1 - 1);
     switch (p_.q.dtype) {
       case DType::e4m3: return pack_q_rows<e4m3_t>(q, n, from, to);
@@ -156,36 +159,66 @@ class GemmTileRunner {
     return p_.q.dtype == DType::bf16 && p_.q.row % 2 == 0 && reinterpret_cast<uintptr_t>(p_.q.data) % 4 == 0;
   }
 
-  QView view_in_place(int64_t q, int64_t b0) const {
-    const int64_t row = p_.q.row / Unit::elements;
-    // Lines a page apart fall into the same set of the first cache: no more of them at a time than it has ways.
-    const int64_t together = rows > 8 && row * 4 % 4096 == 0 ? rows / 2 : rows;
-    return {static_cast<const float*>(p_.q.data) + q * row + b0 * blocks_.length, row, 1, together, together * row, blocks_.length};
+  // So do bfloat16 that the innermost loop widens.
+  bool widens_in_place() const {
+    return p_.q.dtype == DType::bf16 && p_.q.col == 1 && !p_.q.index;
+  }
+
+  template <class T, int elements>
+  QView<T> rows_in_place(int64_t q, int64_t b0) const {
+    const int64_t row = p_.q.row / elements;
+    return {static_cast<const T*>(p_.q.data) + q * row + b0 * blocks_.length, row, 1, 0, blocks_.length};
   }
 
   template <class T>
-  QView pack_q_rows(int64_t q, int64_t n, int64_t from, int64_t to) const {
+  QView<float> pack_q_rows(int64_t q, int64_t n, int64_t from, int64_t to) const {
     pack_rows<Vec, Unit>(lines<T>(p_.q), q, n, from, to, packed_q_, plan_.packed_q_row);
-    return {packed_q_, plan_.packed_q_row, 1, rows, rows * plan_.packed_q_row, blocks_.length};
+    return {packed_q_, plan_.packed_q_row, 1, 0, blocks_.length};
   }
 
   template <class T>
-  QView pack_q(int64_t q, int64_t n, int64_t from, int64_t to) const {
+  QView<float> pack_q(int64_t q, int64_t n, int64_t from, int64_t to) const {
     if (p_.q.col == 1) return pack_q_rows<T>(q, n, from, to);
     pack_groups<Vec, Unit>(lines<T>(p_.q), q, n, from, to, packed_q_);
-    return {packed_q_, 1, rows, rows, group_size<Vec>((to - from + Unit::elements - 1) / Unit::elements), blocks_.length};
+    return {packed_q_, 1, rows, group_size<Vec>((to - from + Unit::elements - 1) / Unit::elements), blocks_.length};
   }
 
   // By the innermost loop, for a panel with n columns.
   static int64_t columns_read(int64_t n) { return n > Vec::width ? cols : n > Vec::Half::width ? Vec::width : Vec::Half::width; }
 
-  static MicroFn micro_of(int64_t n, int64_t m) {
-    if (n > Vec::width) return micro_for<Vec, Unit, 2>(m);
-    if (n > Vec::Half::width) return micro_for<Vec, Unit, 1>(m);
-    return micro_for<typename Vec::Half, Unit, 1>(m);
+  template <class T>
+  static MicroFn<T> micro_of(int64_t n, int64_t m) {
+    if (n > Vec::width) return micro_for<Vec, Unit, T, 2>(m);
+    if (n > Vec::Half::width) return micro_for<Vec, Unit, T, 1>(m);
+    return micro_for<typename Vec::Half, Unit, T, 1>(m);
   }
 
-  void multiply(int64_t q, int64_t n, int64_t b, const QView& view, const float* v_block, float* sums) const {
+  // How many of the next `left` rows of Q the innermost loop takes, for a panel with n columns.
+  template <class T>
+  static int64_t rows_at_once(const QView<T>& view, int64_t left, int64_t n) {
+    if (view.group) return min(left, rows);
+    int64_t most = n > Vec::width ? rows : most_rows;
+    // Lines a page apart fall into the same set of the first cache: no more of them at a time than it has ways.
+    if (view.row * int64_t{sizeof(T)} % 4096 == 0) most = min(most, 8);
+    return left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;  // few sums alone would wait for each other
+  }
+
+  void multiply_slice(int64_t q, int64_t n, int64_t b0, int64_t b1, float* sums) const {
+    if constexpr (Unit::elements == 1) {
+      if (widens_in_place()) return multiply_blocks(q, n, b0, b1, rows_in_place<bf16_t, 1>(q, b0), sums);
+    }
+    multiply_blocks(q, n, b0, b1, view_q(q, n, b0, b1), sums);
+  }
+
+  template <class T>
+  void multiply_blocks(int64_t q, int64_t n, int64_t b0, int64_t b1, const QView<T>& view, float* sums) const {
+    for (int64_t b = b0; b < b1; ++b) multiply(q, n, b, b - b0, view, sums);
+  }
+
+  // Block b of k, the one in place `nth` of what is packed.
+  template <class T>
+  void multiply(int64_t q, int64_t n, int64_t b, int64_t nth, const QView<T>& view, float* sums) const {
+    const float* v_block = packed_block(nth);
     const int64_t row = direct_ ? p_.out.q_stride : sums_row_;
     const bool add = b > 0 || (direct_ && p_.out.accumulate);
     float q_scale[most_slice], v_scale[cols] = {};
@@ -197,18 +230,18 @@ class GemmTileRunner {
       for (int64_t v = t_.v0; v < t_.v1; v += cols, v_block += cols * blocks_.length, to += cols) {
         const int64_t width = min(cols, t_.v1 - v);
         if (p_.v.scale.data) scales_of(p_.v.scale, v, width, b, v_scale);
-        for (int64_t i = 0; i < n; i += view.rows) {
-          const int64_t m = min(view.rows, n - i);
-          const float* from = view.data + i / view.rows * view.group;
-          const MicroFn fn = micro_of(width, m);
+        for (int64_t i = 0, m; i < n; i += m) {
+          m = rows_at_once(view, n - i, width);
+          const T* from = view.at(i, nth);
+          const MicroFn<T> fn = micro_of<T>(width, m);
           if (p_.q.scale.data) {
-            float block[rows * cols];
+            float block[most_rows * cols];
             fn(units(b), from, view.row, view.col, v_block, cols, block, cols, Store::set);
             promote<Vec>(block, m, width, q_scale + i, v_scale, to + i * row, row, store);
           } else if (!direct_ || width == cols) {
             fn(units(b), from, view.row, view.col, v_block, cols, to + i * row, row, store);
           } else {  // storing whole vectors would run over the output's edge
-            float edge[rows * cols];
+            float edge[most_rows * cols];
             fn(units(b), from, view.row, view.col, v_block, cols, edge, cols, Store::set);
             for (int64_t r = 0; r < m; ++r) {
               float* o = to + (i + r) * row;

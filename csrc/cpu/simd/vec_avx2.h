@@ -11,6 +11,7 @@ namespace xt::cpu::avx2 {
 struct Vec {
   static constexpr int width = 8;
   static constexpr int tile_rows = 6;  // of the GEMM: 6 x 2 sums, 2 of V and a broadcast fit 16 registers
+  static constexpr int thin_tile_rows = 12;  // where one vector holds all columns
   static constexpr int block = 8;      // of transpose()
   typedef float Floats __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
@@ -19,6 +20,12 @@ struct Vec {
 
   static XT_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
   static XT_INLINE Vec all(float f) { return {_mm256_set1_ps(f)}; }
+  // In every lane the second of the two elements at p.
+  static XT_INLINE Vec all_upper(const bf16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(both), _mm256_set1_epi32(-0x10000)))};
+  }
   static XT_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static XT_INLINE Vec load(const bf16_t* p) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -17,11 +17,16 @@ namespace xt::cpu::XT_AVX512 {
 // Eight floats, for GEMM tiles with few columns: half the lanes, but two of them per cycle.
 struct HalfVec {
   static constexpr int width = 8;
-  static constexpr int tile_rows = 14;
+  static constexpr int tile_rows = 14, thin_tile_rows = 14;
   __m256 v;
 
   static XT_INLINE HalfVec zero() { return {_mm256_setzero_ps()}; }
   static XT_INLINE HalfVec all(float f) { return {_mm256_set1_ps(f)}; }
+  static XT_INLINE HalfVec all_upper(const bf16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_set1_epi32(both), _mm256_set1_epi32(-0x10000)))};
+  }
   static XT_INLINE HalfVec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   XT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   XT_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
@@ -30,6 +35,7 @@ struct HalfVec {
 struct Vec {
   static constexpr int width = 16;
   static constexpr int tile_rows = 14;  // of the GEMM: 14 x 2 sums, 2 of V and a broadcast fit 32 registers
+  static constexpr int thin_tile_rows = 14;  // where one vector holds all columns
   static constexpr int block = 8;      // of transpose()
   typedef float Floats __attribute__((vector_size(64)));
   typedef int32_t Ints __attribute__((vector_size(64)));
@@ -52,6 +58,12 @@ struct Vec {
 
   static XT_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
   static XT_INLINE Vec all(float f) { return {_mm512_set1_ps(f)}; }
+  // In every lane the second of the two elements at p.
+  static XT_INLINE Vec all_upper(const bf16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi32(both), _mm512_set1_epi32(-0x10000)))};
+  }
   static XT_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static XT_INLINE Vec load(const bf16_t* p) {
     return {widen16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

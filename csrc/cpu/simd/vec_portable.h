@@ -9,6 +9,7 @@ namespace xt::cpu::portable {
 struct Vec {
   static constexpr int width = 4;
   static constexpr int tile_rows = 6;    // of the GEMM: 6 x 2 sums, 2 of V and a broadcast fit 16 registers
+  static constexpr int thin_tile_rows = 12;  // where one vector holds all columns
   static constexpr int block = 4;        // of transpose()
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
@@ -25,6 +26,8 @@ struct Vec {
 
   static XT_INLINE Vec zero() { return {Floats{}}; }
   static XT_INLINE Vec all(float f) { return {Floats{f, f, f, f}}; }
+  // In every lane the second of the two elements at p.
+  static XT_INLINE Vec all_upper(const bf16_t* p) { return all(widen(p[1])); }
   static XT_INLINE Vec load(const float* p) {
     Vec r;
     __builtin_memcpy(&r.v, p, 16);
