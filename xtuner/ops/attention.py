@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xtuner import _C
-from xtuner.ops._lib import OpError, _library, autograd, once_differentiable
+from xtuner.ops._lib import OpError, autograd, define, once_differentiable
 
 _aten = torch.ops.aten
 
@@ -110,29 +110,28 @@ def _attention_bwd_cuda(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale
 
 def _setup(ctx, inputs, output) -> None:
     q, k, v, cu_q, cu_k, *ctx.scalars = inputs
+    ctx.set_materialize_grads(False)  # nobody asks for that of the softmax's sums
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
 
 
-def _backward(ctx, grad: Tensor, _grad_lse: Tensor):
+def _backward(ctx, grad: Tensor, _grad_lse: None):
     grads = torch.ops.xtuner.attention_bwd(grad.contiguous(), *ctx.saved_tensors, *ctx.scalars)
     return *grads, None, None, None, None, None, None
 
 
 _BOUNDS = "Tensor cu_q, Tensor cu_k, SymInt max_q, SymInt max_k, float scale, bool causal"
-for _schema, _cpu, _cuda, _abstract in (
-    (f"attention(Tensor q, Tensor k, Tensor v, {_BOUNDS}) -> (Tensor, Tensor)", _attention_cpu, _attention_cuda, _fake),
-    (
-        f"attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_BOUNDS})"
-        " -> (Tensor, Tensor, Tensor)",
-        _attention_bwd_cpu,
-        _attention_bwd_cuda,
-        _fake_bwd,
-    ),
-):
-    _name = _schema.split("(")[0]
-    _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
-    _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"xtuner::{_name}", _abstract, lib=_library)
+define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_BOUNDS}) -> (Tensor, Tensor)",
+    _attention_cpu,
+    _fake,
+    cuda=_attention_cuda,
+)
+define(
+    f"attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_BOUNDS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _attention_bwd_cpu,
+    _fake_bwd,
+    cuda=_attention_bwd_cuda,
+)
 autograd("attention", _backward, _setup)
 once_differentiable("attention_bwd")

@@ -126,6 +126,7 @@ def _add_outer(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
 
 
 def _setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # else zeros as large as both gradients
     ctx.save_for_backward(output[1], output[2])
     ctx.wanted = inputs[4:]
 

@@ -66,10 +66,11 @@ def _in_torch_bwd(dout: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) 
 
 
 def _setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:2], output[1])
 
 
-def _backward(ctx, grad: Tensor, _grad_inverse_rms: Tensor):
+def _backward(ctx, grad: Tensor, _grad_inverse_rms: None):
     return *torch.ops.xtuner.rms_norm_bwd(grad, *ctx.saved_tensors), None
 
 
