@@ -38,7 +38,7 @@ from xtuner.data.dataset import Pack  # noqa: E402
 from xtuner.engine.train_step import train_step  # noqa: E402
 from xtuner.models import build_model  # noqa: E402
 from xtuner.optim import build_adamw  # noqa: E402
-from xtuner.parallel import build_layout, init_world, parallelize  # noqa: E402
+from xtuner.parallel import build_layout, init_world, leave_world, parallelize  # noqa: E402
 
 SIDES = ("fused", "all_to_all")
 
@@ -171,7 +171,7 @@ def rank_main(rank: int, world_size: int, port: int, args: argparse.Namespace, r
         }
         Path(results).write_text(json.dumps(summarise(medians, world_size)))
     world.barrier()
-    dist.destroy_process_group()
+    leave_world()
 
 
 def summarise(medians: dict, ranks: int) -> dict:

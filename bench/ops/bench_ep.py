@@ -24,7 +24,7 @@ from timing import Timing, cpu_name
 
 import xtuner
 from xtuner import _C
-from xtuner.parallel import AllToAllDispatcher, FusedDispatcher
+from xtuner.parallel import AllToAllDispatcher, FusedDispatcher, leave_world
 
 # tokens per rank, experts per token, experts, hidden
 SHAPES = [(1024, 4, 32, 2048), (1024, 8, 128, 2048), (2048, 8, 64, 2048), (4096, 4, 32, 2048)]
@@ -104,7 +104,7 @@ def rank_main(rank: int, world_size: int, rendezvous: str, budget_s: float, resu
     if rank == 0:
         Path(results).write_text(json.dumps(rows))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()
 
 
 def show(row: dict) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from xtuner.checkpoint.hf import load_hf, save_hf
 from xtuner.config import ParallelConfig
 from xtuner.models import build_model, config_from_hf, config_to_hf, hf_map
-from xtuner.parallel import World, build_layout, parallelize
+from xtuner.parallel import World, build_layout, leave_world, parallelize
 
 
 def load_compute_save(rank: int, root: Path, ids: torch.Tensor) -> None:
@@ -27,4 +27,4 @@ def load_compute_save(rank: int, root: Path, ids: torch.Tensor) -> None:
         output = model(ids, torch.arange(length)[None], torch.tensor([0, length], dtype=torch.int32), length)
     torch.save(output.logits, root / f"logits-{rank}.pt")
     save_hf(model, hf_map(cfg), root / "ours", config=config_to_hf(cfg), max_shard_bytes=30_000)
-    dist.destroy_process_group()
+    leave_world()

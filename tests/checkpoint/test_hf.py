@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 from xtuner.checkpoint.hf import load_hf, save_hf
 from xtuner.errors import CheckpointError
+from xtuner.parallel import leave_world
 
 V, D, INTER, E = 11, 6, 5, 3  # odd, so that two ranks own different numbers of rows
 
@@ -292,7 +293,7 @@ def _two_ranks(rank: int, root: Path) -> None:
     _limit_file_size(900)
     with pytest.raises(CheckpointError, match="saved: not saved, .*; what was there before is intact"):
         save_toy(module, root / "saved")
-    dist.destroy_process_group()
+    leave_world()
 
 
 def test_two_ranks_read_their_rows_and_both_hear_of_a_full_disk(tmp_path):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from tests.parallel.layout_rank import ALL_LOSSES, ARCH, build
 from xtuner.batch import Batch
@@ -16,6 +15,7 @@ from xtuner.data import collate
 from xtuner.data.dataset import Pack
 from xtuner.engine.train_step import train_step
 from xtuner.optim import build_adamw
+from xtuner.parallel import leave_world
 
 PACKS, TOKENS = 4, 48  # of a step, and of a pack
 MOE_LAYERS, TOP_K, EXPERTS = 2, ARCH.moe.num_experts_per_tok, ARCH.moe.num_experts
@@ -68,7 +68,7 @@ def train(fields: dict[str, Any], steps: int) -> tuple[list[float], int, list[in
             reached.append(dispatcher.group.memory.reached if hasattr(dispatcher, "group") else 0)
         return losses, max(rows), reached
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def watch(experts, rows: list[int]):

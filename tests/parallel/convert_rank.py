@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from xtuner.checkpoint.dcp import save_checkpoint
 from xtuner.config import ModelConfig, ParallelConfig
 from xtuner.models import build_model
-from xtuner.parallel import build_layout, init_world, parallelize
+from xtuner.parallel import build_layout, init_world, leave_world, parallelize
 
 
 def make_arch(num_layers):
@@ -33,4 +32,4 @@ def save_sharded(root: Path, num_layers: int) -> None:
         without_state = torch.optim.SGD(model.parameters(), lr=1.0)
         save_checkpoint(root / "checkpoints", 1, model, without_state, {"arch": arch.model_dump(mode="json")}, 1)
     finally:
-        dist.destroy_process_group()
+        leave_world()

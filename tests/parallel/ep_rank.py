@@ -12,7 +12,7 @@ import torch.distributed as dist
 from xtuner import ops
 from xtuner.nn.moe import LocalDispatcher
 from xtuner.ops import reference
-from xtuner.parallel import AllToAllDispatcher, FusedDispatcher
+from xtuner.parallel import AllToAllDispatcher, FusedDispatcher, leave_world
 
 HIDDEN = 128
 
@@ -84,7 +84,7 @@ def same_as_local(rank: int, world_size: int, root: Path, steps: int) -> None:
             for what, a, b in zip(("out", "dx", "dweights"), got, expected, strict=True):
                 assert torch.equal(a, b), f"{name}: {what} differs on rank {rank} in step {step}"
     dist.barrier()
-    dist.destroy_process_group()
+    leave_world()
 
 
 def die_in_mid_step(rank: int, world_size: int, root: Path) -> None:

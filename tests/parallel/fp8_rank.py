@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tests.parallel.layout_rank import ALL_LOSSES, PACKS, Gradients, make_packs
 from xtuner import ops
@@ -16,7 +15,7 @@ from xtuner.data import Loader
 from xtuner.engine.train_step import train_step
 from xtuner.models import build_model, hf_map
 from xtuner.nn.fp8 import use_fp8
-from xtuner.parallel import build_layout, init_world, materialize, parallelize
+from xtuner.parallel import build_layout, init_world, leave_world, materialize, parallelize
 
 # Projections of 128 rows, which several ranks share; experts whose shards end between blocks.
 ARCH = ModelConfig.parse({
@@ -52,7 +51,7 @@ def step_and_codes(fields: dict[str, Any], weights: Path):
                 codes[name] = weight.codes.view(torch.uint8).numpy().copy(), weight.scale.numpy().copy()
         return result.figures(), gradients.whole, codes
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def make_model():

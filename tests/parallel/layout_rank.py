@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from xtuner.checkpoint.hf import load_hf
@@ -16,7 +15,7 @@ from xtuner.data import Loader
 from xtuner.data.dataset import Pack
 from xtuner.engine.train_step import train_step
 from xtuner.models import build_model, hf_map
-from xtuner.parallel import World, build_layout, init_world, materialize, parallelize, whole
+from xtuner.parallel import World, build_layout, init_world, leave_world, materialize, parallelize, whole
 
 # Two key/value heads for up to four sequence-parallel ranks; one dense layer.
 ARCH = ModelConfig.parse({
@@ -103,7 +102,7 @@ def step_in_layout(
         *result, gradient = one_step(model, world, layout.data_rank, layout.data_size, layout.slice, loss, micro)
         return *result, gradient if world.is_main else None
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def build(fields: dict[str, Any], memory: dict[str, Any] | None = None):

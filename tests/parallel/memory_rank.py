@@ -7,14 +7,13 @@ import gc
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from xtuner.batch import Batch
 from xtuner.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig
 from xtuner.engine.train_step import train_step
 from xtuner.models import build_model
 from xtuner.optim import build_adamw
-from xtuner.parallel import build_layout, init_world, parallelize
+from xtuner.parallel import build_layout, init_world, leave_world, parallelize
 
 M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # of malloc.h
 # As in Qwen3, most of a token's activations are those of its experts.
@@ -61,7 +60,7 @@ def step_on_long_document(num_tokens: int) -> tuple[float, float]:
         loss = step(num_tokens)
         return loss, (_status("VmHWM") - before) / 1024
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def _status(field: str) -> int:

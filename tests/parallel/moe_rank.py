@@ -11,7 +11,7 @@ import torch.distributed as dist
 from xtuner.config import MoEConfig
 from xtuner.nn.moe import MoE
 from xtuner.ops import OpError
-from xtuner.parallel import AllToAllDispatcher, FusedDispatcher, World, check_overflow, init_world
+from xtuner.parallel import AllToAllDispatcher, FusedDispatcher, World, check_overflow, init_world, leave_world
 from xtuner.parallel.dispatch_presum import PresumDispatcher
 
 HIDDEN, EXPERTS, TOP_K = 16, 8, 3
@@ -86,7 +86,7 @@ def like_local(kind: str, bounds: dict[str, Any], load: str, tokens: int, most_r
             assert max(rows) <= most_rows and len(rows) > 4, rows  # rounds run again in backward
         check_overflow(SimpleNamespace(layers=[SimpleNamespace(is_moe=True, moe=moe)]), world)
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def refused(kind: str, bounds: dict[str, Any], load: str, tokens: int) -> str:
@@ -100,4 +100,4 @@ def refused(kind: str, bounds: dict[str, Any], load: str, tokens: int) -> str:
     except OpError as error:
         return str(error)
     finally:
-        dist.destroy_process_group()
+        leave_world()

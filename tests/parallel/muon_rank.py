@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tests.parallel.layout_rank import ALL_LOSSES, ARCH, PACKS, build, make_model, make_packs
 from xtuner.checkpoint.dcp import load_checkpoint, save_checkpoint
@@ -16,7 +15,7 @@ from xtuner.data import Loader
 from xtuner.engine.train_step import train_step
 from xtuner.models import hf_map
 from xtuner.optim import build_optimizer
-from xtuner.parallel import World, whole
+from xtuner.parallel import World, leave_world, whole
 
 MUON = OptimConfig(kind="muon", lr=0.01)
 
@@ -55,4 +54,4 @@ def in_layout(
         values = {name: whole(p).numpy().copy() for name, p in model.named_parameters()}
         return values if world.is_main else None
     finally:
-        dist.destroy_process_group()
+        leave_world()

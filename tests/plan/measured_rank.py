@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from xtuner.config import ModelConfig, TrainConfig
 from xtuner.models import build_model
 from xtuner.optim import build_adamw
-from xtuner.parallel import build_layout, init_world, materialize, parallelize
+from xtuner.parallel import build_layout, init_world, leave_world, materialize, parallelize
 from xtuner.plan.device import get_device
 from xtuner.plan.simulate import planned_batch, record_steps
 
@@ -30,4 +29,4 @@ def peak_of_real_steps(cfg: TrainConfig, arch: ModelConfig, document: int) -> tu
         run = record_steps(cfg, model, build_adamw(model, cfg.optim), batch, world, get_device("h100-80g"))
         return run.tracker.peak.device, dict(run.tracker.phase_peaks)
     finally:
-        dist.destroy_process_group()
+        leave_world()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from xtuner.batch import Batch
@@ -31,7 +30,7 @@ from xtuner.models import SIZES, build_model, config_from_hf, hf_map
 from xtuner.nn.fp8 import use_fp8
 from xtuner.ops import watch_faults
 from xtuner.optim import build_optimizer, keep_state_on_host, learning_rate
-from xtuner.parallel import Layout, World, build_layout, init_world, materialize, parallelize
+from xtuner.parallel import Layout, World, build_layout, init_world, leave_world, materialize, parallelize
 
 Prepare = Callable[[TrainConfig], TrainConfig]
 
@@ -107,7 +106,7 @@ def train(cfg: TrainConfig, resume: bool = False, prepare: Prepare | None = None
             run.restore(checkpoint[0])
         return _loop(run)
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def _loop(run: Run) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -71,6 +72,17 @@ def init_world(device: str, num_threads: int | None) -> World:
     else:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return World(rank, local_rank, size, local_size, torch.device(kind, local_rank if kind == "cuda" else None))
+
+
+def leave_world() -> None:
+    """Destroy the process group and let gloo's threads come to rest, so that the interpreter may end.
+
+    Such a thread takes the interpreter's lock to free the tensors of a finished collective. CPython before 3.14 ends a
+    thread that asks for the lock while the interpreter ends by unwinding its stack, which torch's frames forbid: the
+    process would abort with all its work done. The groups cannot be joined instead: caches of DTensor keep them alive.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 def _choose_device(device: str, local_size: int) -> str:
