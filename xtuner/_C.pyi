@@ -173,6 +173,32 @@ def rms_norm_bwd(
 ) -> None:
     """Gradients of rms_norm; workspace f32 [ceil(R / rms_norm_block_rows), D]."""
 
+def rms_norm_rotary(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    out: Tensor,
+    inverse_rms: Tensor,
+    num_threads: int,
+) -> None:
+    """rotary of rms_norm of each head of x[T,H,D]; inverse_rms f32 [T,H]."""
+
+def rms_norm_rotary_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse_rms: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    workspace: Tensor,
+    num_threads: int,
+) -> None:
+    """Gradients of rms_norm_rotary; workspace f32 [ceil(T * H / rms_norm_block_rows), D]."""
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool, out: Tensor, num_threads: int) -> None:
     """x[T,H,D] turned by the angles of cos, sin [T,D/2], feature i with i + D/2; back turns the other way."""
 

@@ -38,6 +38,11 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& o
               int num_threads);
 void rms_norm_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const Tensor& inverse_rms,
                   const Tensor& dx, const Tensor& dweight, const Tensor& workspace, int num_threads);
+void rms_norm_rotary(const Tensor& x, const Tensor& weight, const Tensor& cos, const Tensor& sin, double eps,
+                     const Tensor& out, const Tensor& inverse_rms, int num_threads);
+void rms_norm_rotary_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const Tensor& cos,
+                         const Tensor& sin, const Tensor& inverse_rms, const Tensor& dx, const Tensor& dweight,
+                         const Tensor& workspace, int num_threads);
 void rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back, const Tensor& out, int num_threads);
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, double scale,
                bool causal, const Tensor& out, const Tensor& lse, int num_threads);

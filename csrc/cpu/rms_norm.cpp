@@ -3,27 +3,9 @@
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
-#include "cpu/simd/bf16.h"
+#include "cpu/sum_blocks.h"
 
 namespace xt::cpu {
-namespace {
-
-// The blocks' parts of dweight, in their order.
-void sum_blocks(const Tensor& workspace, const Tensor& dweight) {
-  const int64_t width = workspace.shape[1];
-  for (int64_t i = 0; i < width; ++i) {
-    float total = 0;
-    for (int64_t b = 0; b < workspace.shape[0]; ++b) total += workspace.ptr<float>()[b * width + i];
-    if (dweight.dtype == DType::f32) {
-      dweight.ptr<float>()[i] = total;
-    } else {
-      dweight.ptr<bf16_t>()[i] = narrow(total);
-    }
-  }
-}
-
-}  // namespace
-
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out, const Tensor& inverse_rms,
               int num_threads) {
   RmsNormRows a = {};

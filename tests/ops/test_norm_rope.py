@@ -37,6 +37,25 @@ def test_rotary(shape, dtype):
     torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 4, 24), (5, 1, 2), (0, 2, 8), (129, 3, 34)])
+def test_rms_norm_rotary(shape, dtype):
+    tables, weight = angles(shape[0], shape[2] // 2, dtype), 1 + randn(shape[2], dtype=dtype, seed=2) / 4
+    inputs = [randn(*shape, dtype=dtype).requires_grad_(), weight.requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = ops.rms_norm_rotary(*inputs, *tables, 1e-3)
+    expected = reference.rms_norm_rotary(*exact, *(t.double() for t in tables), 1e-3)
+    loose = dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=2**-6 if loose else 1e-5, atol=2e-2 if loose else 1e-5)
+    grad = randn(*shape, dtype=dtype, seed=9)
+    ours = torch.autograd.grad(out, inputs, grad)
+    steps = torch.autograd.grad(ops.rotary(ops.rms_norm(*inputs, 1e-3), *tables), inputs, grad)
+    assert all(torch.equal(a, b) for a, b in zip(ours, steps, strict=True))
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    torch.testing.assert_close(ours[0].double(), wanted[0], rtol=2**-5 if loose else 1e-4, atol=0.1 if loose else 1e-4)
+    torch.testing.assert_close(ours[1].double(), wanted[1], rtol=2**-5 if loose else 1e-4, atol=0.5 if loose else 1e-3)
+
+
 def test_inputs_that_are_not_contiguous():
     x, weight = randn(8, 3, 20)[..., :16], randn(32)[::2]
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-6), ops.rms_norm(x.contiguous(), weight.clone(), 1e-6))
@@ -49,6 +68,7 @@ def test_formula_where_the_core_has_no_kernel():
 
     for name, arguments in (
         ("rms_norm", (randn(9, 16), randn(16, seed=2), 1e-3)),
+        ("rms_norm_rotary", (randn(9, 2, 16), randn(16, seed=2), *angles(9, 8, torch.float32), 1e-3)),
         ("rotary", (randn(9, 2, 16), *angles(9, 8, torch.float32), True)),
     ):
         module = import_module(f"xtuner.ops.{name}")
@@ -59,6 +79,11 @@ def test_formula_where_the_core_has_no_kernel():
     norm = import_module("xtuner.ops.rms_norm")
     ours = torch.ops.xtuner.rms_norm_bwd(dout, x, weight, inverse)
     for a, b in zip(ours, norm._in_torch_bwd(dout, x, weight, inverse), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    both, heads = import_module("xtuner.ops.rms_norm_rotary"), (x.view(50, 4, 16), weight)
+    arguments = (dout.view(50, 4, 16), *heads, *angles(50, 8, torch.float32), inverse.view(50, 4))
+    ours = torch.ops.xtuner.rms_norm_rotary_bwd(*arguments)
+    for a, b in zip(ours, both._in_torch_bwd(*arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 

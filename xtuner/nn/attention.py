@@ -56,7 +56,7 @@ class Attention(nn.Module):
         With an `exchange`, x holds a slice of the `total_tokens` that cu_seqlens and max_seqlen describe.
         """
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = ops.rotary(self.q_norm(q), *rotary), ops.rotary(self.k_norm(k), *rotary)
+        q, k = _positioned(q, self.q_norm, rotary), _positioned(k, self.k_norm, rotary)
         cu_k, max_k = cu_seqlens, max_seqlen
         if cache is not None:
             k, v, cu_k, max_k = cache.append(self.layer, k, v, cu_seqlens)
@@ -68,3 +68,10 @@ class Attention(nn.Module):
         if self.exchange is not None:
             out = self.exchange.to_tokens(out)
         return self.wo(out.flatten(1))
+
+
+def _positioned(x_THD: Tensor, norm: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Each head normalised where the family does, then turned."""
+    if isinstance(norm, RMSNorm):
+        return ops.rms_norm_rotary(x_THD, norm.weight, *rotary, norm.eps)
+    return ops.rotary(x_THD, *rotary)

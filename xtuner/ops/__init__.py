@@ -21,6 +21,7 @@ from xtuner.ops.linear_fp8 import Float8Weight, linear_fp8
 from xtuner.ops.permute import permute
 from xtuner.ops.quantize import dequantize, quantize_1x128, quantize_128x128, quantize_rowcol
 from xtuner.ops.rms_norm import rms_norm
+from xtuner.ops.rms_norm_rotary import rms_norm_rotary
 from xtuner.ops.rotary import rotary
 from xtuner.ops.route_map import route_map
 from xtuner.ops.swiglu import swiglu
@@ -59,6 +60,7 @@ __all__ = [
     "quantize_rowcol",
     "raise_faults",
     "rms_norm",
+    "rms_norm_rotary",
     "rotary",
     "route_map",
     "swiglu",

@@ -134,6 +134,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def rms_norm_rotary(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return rotary(rms_norm(x, weight, eps), cos, sin)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
     log_probs = (hidden @ weight.T).log_softmax(-1)
     return -(loss_weights * log_probs[torch.arange(len(labels)), labels]).sum()
