@@ -39,7 +39,13 @@ struct Swiglu {
   }
   // d(out)/d(gate) = s + alpha g s (1 - s) with s = sigmoid(alpha g), times (up + offset); d(out)/d(up) = g s.
   __device__ void backward(float dout, float g_raw, float u_raw, float& dg, float& du) const {
+    float out;
+    backward(dout, g_raw, u_raw, dg, du, out);
+  }
+  // The same, and what forward gives.
+  __device__ void backward(float dout, float g_raw, float u_raw, float& dg, float& du, float& out) const {
     const float g = cut_gate(g_raw), s = sigmoid(alpha * g), gs = g * s;
+    out = gs * (cut_up(u_raw) + up_offset);
     dg = g_raw > limit ? 0.0f : dout * (cut_up(u_raw) + up_offset) * fmaf(alpha * gs, 1.0f - s, s);
     du = u_raw > limit || -limit > u_raw ? 0.0f : dout * gs;
   }

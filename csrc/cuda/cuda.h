@@ -5,6 +5,7 @@
 #include "xtuner/ops/ep_prepare.h"
 #include "xtuner/ops/quantize.h"
 #include "xtuner/ops/gemm_m_grouped.h"
+#include "xtuner/ops/gemm_m_grouped_dswiglu.h"
 #include "xtuner/ops/swiglu.h"
 #include "xtuner/stream.h"
 #include "xtuner/tensor.h"
@@ -23,6 +24,9 @@ void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, cons
                 const Tensor& dx, Stream stream);
 void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool trans_b,
                     const GemmMGroupedOptions& options, const Tensor& out, Stream stream);
+int64_t gemm_m_grouped_dswiglu_workspace_size(int64_t rows, int64_t width);
+void gemm_m_grouped_dswiglu(const Tensor& dy, const Tensor& b, const Tensor& offsets, const Tensor& x,
+                            const DswigluOptions& options, const Tensor& dx, const Tensor& act, Stream stream);
 void gemm_k_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, bool accumulate, const RowGather& gather_b,
                     const Tensor& out, Stream stream);
 void gemm_m_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,

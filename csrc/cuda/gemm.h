@@ -39,6 +39,11 @@ struct Epilogue {
   const void* bias;  // [E, num_n] or null
   void* act;         // rows of num_n / 2, or null
   Swiglu swiglu;
+  // With gate_up, [R, num_n], the product is the gradient of swiglu(gate_up): out is that of gate_up.
+  const void* gate_up = nullptr;
+  const float* weights = nullptr;  // [R], of product and act, or null
+  float* dots = nullptr;           // with weights: parts of the rows' dot products of product and act, [R, dot_parts]
+  int64_t dot_parts = 0;
 };
 
 // out[r, n] = sum_k a[r, k] b[e, n, k], with trans_b, else b[e, k, n].
@@ -50,6 +55,9 @@ struct MGrouped {
   RowMap map;  // of a
   Epilogue epilogue;
   uint64_t* fault;
+
+  // Columns of gate and of up share tiles.
+  XT_BOTH bool paired() const { return epilogue.act && !epilogue.gate_up; }
 };
 
 // out[e, m, n] = sum over the rows r of expert e of a[r, m] b[r, n].
@@ -69,11 +77,16 @@ void simple_k_grouped(const KGrouped& g, DType dtype, Stream stream);
 namespace sm80 {  // bfloat16; every row of every operand and of each half of b starts at a multiple of 16 bytes
 void gemm_m_grouped(const MGrouped& g, int multiprocessors, Stream stream);
 void gemm_k_grouped(const KGrouped& g, int multiprocessors, Stream stream);
+// b is not transposed and the epilogue has gate_up, all in bfloat16; a dot product is in parts of so many columns.
+constexpr int dot_columns = 64;
+void gemm_m_grouped_dswiglu(const MGrouped& g, int multiprocessors, Stream stream);
 }  // namespace sm80
 
 namespace sm90 {  // as for sm80, with at least one expert, k > 0 and sizes below 2^31
 void gemm_m_grouped(const MGrouped& g, int multiprocessors, Stream stream);
 void gemm_k_grouped(const KGrouped& g, int multiprocessors, Stream stream);
+constexpr int dot_columns = 128;
+void gemm_m_grouped_dswiglu(const MGrouped& g, int multiprocessors, Stream stream);
 }  // namespace sm90
 
 // By all threads of the first block: notes what is wrong with the offsets, which are cut to what is right (RowRanges).

@@ -149,6 +149,63 @@ __device__ __forceinline__ void store_strip(const Epilogue& e, const float (&sum
   }
 }
 
+// The same where the sums are the gradient of swiglu(gate_up), in bfloat16; `tile` has the columns of gate_up, of which
+// the sums are those of gate. Rows of gate_up come as results go, 16 bytes per lane.
+template <int blocks, class BlockOf>
+__device__ __forceinline__ void store_dswiglu(const Epilogue& e, const float (&sums)[blocks][4], int64_t row,
+                                              int64_t rows_end, const TileColumns& tile, int64_t part,
+                                              const BlockOf& block_of) {
+  constexpr int quads = blocks / 4;
+  const int q = lane() % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t r = row + lane() / 4 + 8 * half;
+    const bool exists = r < rows_end;
+    const bf16_t* const x = static_cast<const bf16_t*>(e.gate_up) + r * e.num_n;
+    uint4 gate[quads] = {}, up[quads] = {};
+#pragma unroll
+    for (int i = 0; i < quads; ++i) {
+      const int column = tile.at(block_of(4 * i + q));
+      if (!exists || column < 0) continue;
+      gate[i] = __ldg(reinterpret_cast<const uint4*>(x + column));
+      up[i] = __ldg(reinterpret_cast<const uint4*>(x + column + tile.half));
+    }
+    void *const out = row_of<false>(e.out, r, e.num_n, exists), *const act = row_of<false>(e.act, r, e.num_n / 2, exists);
+    const float weight = exists && e.weights ? __ldg(e.weights + r) : 1.0f;
+    float dot = 0;
+#pragma unroll
+    for (int i = 0; i < quads; ++i) {
+      uint32_t gates[4] = {gate[i].x, gate[i].y, gate[i].z, gate[i].w}, ups[4] = {up[i].x, up[i].y, up[i].z, up[i].w};
+      transpose_quad(gates);
+      transpose_quad(ups);
+      float dg[4][2], du[4][2], a[4][2];
+      int columns[4], up_columns[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        columns[j] = tile.at(block_of(4 * i + j));
+        up_columns[j] = columns[j] < 0 ? -1 : columns[j] + tile.half;
+        float g[2], u[2], d[2] = {sums[4 * i + j][2 * half], sums[4 * i + j][2 * half + 1]};
+        Pair<false>::round(d);
+        Access<bf16_t, 8>::widen_pair(gates[j], g);
+        Access<bf16_t, 8>::widen_pair(ups[j], u);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          e.swiglu.backward(weight * d[n], g[n], u[n], dg[j][n], du[j][n], a[j][n]);
+          dot = fmaf(d[n], a[j][n], dot);
+          a[j][n] *= weight;
+        }
+      }
+      store_4_blocks<false>(out, columns, dg);
+      store_4_blocks<false>(out, up_columns, du);
+      store_4_blocks<false>(act, columns, a);
+    }
+    if (!e.weights) continue;
+    dot += __shfl_xor_sync(all_lanes, dot, 1);
+    dot += __shfl_xor_sync(all_lanes, dot, 2);
+    if (q == 0 && exists && tile.at(block_of(0)) >= 0) e.dots[r * e.dot_parts + part] = dot;
+  }
+}
+
 // A tile that is nothing but zeros, of rows [row, rows_end), by `threads` threads of which this is number `thread`.
 // Columns as for the tile's blocks, whose number is `blocks`.
 __device__ inline void zero_tile(const Epilogue& e, int64_t row, int64_t rows_end, const TileColumns& tile, int blocks,

@@ -162,19 +162,20 @@ __device__ void multiply_tile(uint32_t shared, const Loader<a_along_k>& a, const
   }
 }
 
-template <bool b_along_k>
+template <bool b_along_k, bool dswiglu = false>
 __global__ void __launch_bounds__(block_threads, 1) m_kernel(MGrouped g) {
   check_offsets(g.offsets, g.experts, g.rows, g.fault);
   const uint32_t shared = dynamic_shared();
-  const bool paired = g.epilogue.act;
+  const bool paired = g.paired();
+  constexpr int widening = dswiglu ? 2 : 1;  // columns of the output for each of the product
   const int64_t tile_n = paired ? tile / 2 : tile, num_n = paired ? g.n / 2 : g.n;
   const WarpPlace warp(paired);
   MTiles tiles(g.offsets, g.experts, g.rows, tile, ceil_div(num_n, tile_n), blockIdx.x, gridDim.x);
   for (MTile t; tiles.next(t);) {
-    const TileColumns columns = tile_columns(g.epilogue, t.n_block, tile);
+    const TileColumns columns = tile_columns(g.epilogue, t.n_block, widening * tile);
     if (t.expert == g.experts) {
       const int64_t end = min(t.rows_end, t.row + tile);
-      zero_tile(g.epilogue, t.row, end, columns, tile / 8, static_cast<int>(threadIdx.x), block_threads);
+      zero_tile(g.epilogue, t.row, end, columns, widening * tile / 8, static_cast<int>(threadIdx.x), block_threads);
       continue;
     }
     const int64_t n = t.n_block * tile_n, used_n = num_n - n, rows = t.rows_end - t.row;
@@ -188,7 +189,13 @@ __global__ void __launch_bounds__(block_threads, 1) m_kernel(MGrouped g) {
                                    sums);
 #pragma unroll
     for (int s = 0; s < strips; ++s) {
-      store_strip(g.epilogue, sums[s], t.expert, t.row + warp.m0 + 16 * s, t.rows_end, columns, warp.block_of);
+      const int64_t row = t.row + warp.m0 + 16 * s;
+      if constexpr (dswiglu) {
+        const int64_t part = t.n_block * warps_n + warp.block_of.warp_n;
+        store_dswiglu(g.epilogue, sums[s], row, t.rows_end, columns, part, warp.block_of);
+      } else {
+        store_strip(g.epilogue, sums[s], t.expert, row, t.rows_end, columns, warp.block_of);
+      }
     }
   }
 }
@@ -220,10 +227,17 @@ __global__ void __launch_bounds__(block_threads, 1) k_kernel(KGrouped g) {
 }  // namespace
 
 void gemm_m_grouped(const MGrouped& g, int multiprocessors, Stream stream) {
-  const int64_t n_blocks = ceil_div(g.epilogue.act ? g.n / 2 : g.n, g.epilogue.act ? tile / 2 : tile);
+  const int64_t n_blocks = ceil_div(g.paired() ? g.n / 2 : g.n, g.paired() ? tile / 2 : tile);
   const int64_t tiles = most_m_tiles(g.rows, g.experts, tile, n_blocks);
   launch_with_shared("gemm_m_grouped", stream, std::min<int64_t>(tiles, multiprocessors),
                      block_threads, shared_bytes, g.trans_b ? m_kernel<true> : m_kernel<false>, g);
+}
+
+static_assert(blocks * 8 == dot_columns);
+void gemm_m_grouped_dswiglu(const MGrouped& g, int multiprocessors, Stream stream) {
+  const int64_t tiles = most_m_tiles(g.rows, g.experts, tile, ceil_div(g.n, tile));
+  launch_with_shared("gemm_m_grouped_dswiglu", stream, std::min<int64_t>(tiles, multiprocessors), block_threads,
+                     shared_bytes, m_kernel<false, true>, g);
 }
 
 void gemm_k_grouped(const KGrouped& g, int multiprocessors, Stream stream) {

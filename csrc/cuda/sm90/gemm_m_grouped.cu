@@ -17,7 +17,7 @@ struct Tiling {
   int64_t tile_n, num_n;  // columns of a tile and of the product; paired: of gate
 
   XT_BOTH explicit Tiling(const MGrouped& g)
-      : paired(g.epilogue.act), tile_n(paired ? block_n / 2 : block_n), num_n(paired ? g.n / 2 : g.n) {}
+      : paired(g.paired()), tile_n(paired ? block_n / 2 : block_n), num_n(paired ? g.n / 2 : g.n) {}
   XT_BOTH int64_t n_blocks() const { return ceil_div(num_n, tile_n); }
   __device__ MTiles tiles(const MGrouped& g) const {
     return MTiles(g.offsets, g.experts, g.rows, block_m, n_blocks(), blockIdx.x, gridDim.x);
@@ -106,18 +106,19 @@ __device__ void load_gathered(const MGrouped& g, const CUtensorMap& b_map, uint3
 }
 
 // By a warpgroup that multiplies.
-template <bool trans_b, int block_n>
+template <bool trans_b, bool dswiglu, int block_n>
 __device__ void multiply(const MGrouped& g, uint32_t shared, const Ring<Stage<block_n>::count>& ring) {
   using S = Stage<block_n>;
-  constexpr int blocks = block_n / 8;
+  constexpr int blocks = block_n / 8, widening = dswiglu ? 2 : 1;  // columns of the output for each of the product
   const int thread = static_cast<int>(threadIdx.x) - warpgroup, group = thread / warpgroup;
   const int row_in_tile = thread / warp_size * 16;  // of this warp
   MTiles tiles = Tiling<block_n>(g).tiles(g);
   Place<S::count> at;
   for (MTile t; tiles.next(t);) {
-    const TileColumns columns = tile_columns(g.epilogue, t.n_block, block_n);
+    const TileColumns columns = tile_columns(g.epilogue, t.n_block, widening * block_n);
     if (t.expert == g.experts) {
-      zero_tile(g.epilogue, t.row, min(t.rows_end, t.row + block_m), columns, blocks, thread, math_threads);
+      const int64_t end = min(t.rows_end, t.row + block_m);
+      zero_tile(g.epilogue, t.row, end, columns, widening * blocks, thread, math_threads);
       continue;
     }
     float sums[blocks][4];
@@ -133,11 +134,16 @@ __device__ void multiply(const MGrouped& g, uint32_t shared, const Ring<Stage<bl
     wgmma_wait<0>();
     sums_ready(sums);
     ring.release(before);
-    store_strip(g.epilogue, sums, t.expert, t.row + row_in_tile, t.rows_end, columns, [](int j) { return j; });
+    const auto block_of = [](int j) { return j; };
+    if constexpr (dswiglu) {
+      store_dswiglu(g.epilogue, sums, t.row + row_in_tile, t.rows_end, columns, t.n_block, block_of);
+    } else {
+      store_strip(g.epilogue, sums, t.expert, t.row + row_in_tile, t.rows_end, columns, block_of);
+    }
   }
 }
 
-template <bool trans_b, bool gather, int block_n>
+template <bool trans_b, bool gather, bool dswiglu, int block_n>
 __global__ void __launch_bounds__(gemm_threads, 1)
     m_kernel(MGrouped g, const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map) {
   using S = Stage<block_n>;
@@ -159,27 +165,27 @@ __global__ void __launch_bounds__(gemm_threads, 1)
     }
   } else {
     take_registers<gather ? 224 : 232>();
-    multiply<trans_b, block_n>(g, shared, ring);
+    multiply<trans_b, dswiglu, block_n>(g, shared, ring);
   }
 }
 
-template <bool trans_b, bool gather, int block_n>
+template <bool trans_b, bool gather, bool dswiglu, int block_n>
 void start(const MGrouped& g, int64_t blocks, Stream stream) {
-  const char* op = "gemm_m_grouped";
+  const char* op = dswiglu ? "gemm_m_grouped_dswiglu" : "gemm_m_grouped";
   const auto *a = static_cast<const bf16_t*>(g.a), *b = static_cast<const bf16_t*>(g.b);
-  const int halves = g.epilogue.act ? 2 : 1;
+  const int halves = g.paired() ? 2 : 1;
   const CUtensorMap b_map = encode(op, trans_b ? map_along_k(b, g.experts, g.n, g.k, halves, block_n)
                                                : map_along_n(b, g.experts, g.k, g.n, halves, block_k));
   const CUtensorMap a_map = gather ? b_map : encode(op, map_of_rows(a, g.rows, g.k, block_m));
-  launch_with_shared(op, stream, blocks, gemm_threads, shared_bytes<block_n>, m_kernel<trans_b, gather, block_n>, g,
-                     a_map, b_map);
+  launch_with_shared(op, stream, blocks, gemm_threads, shared_bytes<block_n>,
+                     m_kernel<trans_b, gather, dswiglu, block_n>, g, a_map, b_map);
 }
 
 template <bool trans_b, bool gather>
 void start(const MGrouped& g, int multiprocessors, Stream stream) {
   const GemmConfig config = m_grouped_config(g.rows, g.experts, g.n, multiprocessors);
-  config.block_n == 128 ? start<trans_b, gather, 128>(g, config.blocks, stream)
-                        : start<trans_b, gather, 256>(g, config.blocks, stream);
+  config.block_n == 128 ? start<trans_b, gather, false, 128>(g, config.blocks, stream)
+                        : start<trans_b, gather, false, 256>(g, config.blocks, stream);
 }
 
 }  // namespace
@@ -190,6 +196,10 @@ void gemm_m_grouped(const MGrouped& g, int multiprocessors, Stream stream) {
   } else {
     g.trans_b ? start<true, false>(g, multiprocessors, stream) : start<false, false>(g, multiprocessors, stream);
   }
+}
+
+void gemm_m_grouped_dswiglu(const MGrouped& g, int multiprocessors, Stream stream) {
+  start<false, false, true, dot_columns>(g, dswiglu_config(g.rows, g.experts, g.n, multiprocessors).blocks, stream);
 }
 
 }  // namespace xt::cuda::sm90

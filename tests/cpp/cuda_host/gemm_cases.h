@@ -22,7 +22,14 @@ struct KCase : GemmCase {
   bool accumulate = false;
 };
 
+// n and k are I and D; `out` is not looked at.
+struct DswigluCase : GemmCase {
+  int64_t k = 8;
+  bool weighted = false;
+};
+
 void m_grouped_case(Rng& rng, const MCase& c);
 void k_grouped_case(Rng& rng, const KCase& c);
+void dswiglu_case(Rng& rng, const DswigluCase& c);
 
 }  // namespace xt::test

@@ -73,6 +73,22 @@ TEST_P(CudaGemm, KGroupedMatchesTheCpu) {
   }
 }
 
+TEST_P(CudaGemm, DswigluMatchesTheSeparateStepsAndTheFormula) {
+  const Path& path = GetParam();
+  Rng rng(6);
+  for (unsigned trial = 0; trial < path.trials; ++trial) {
+    DswigluCase c;
+    c.rows = rows_of_experts(rng);
+    c.tail = pick(rng, {0, 1, 130});
+    c.k = pick(rng, path.sizes);
+    c.n = pick(rng, path.sizes);
+    c.in = path.dtypes[trial % path.dtypes.size()];
+    c.weighted = trial / 2 % 2;
+    cuda_host::set_schedule(trial % 4);
+    ASSERT_NO_THROW(dswiglu_case(rng, c)) << c.name() << " k " << c.k << " schedule " << trial % 4;
+  }
+}
+
 // Of the kernels that load ahead: more stages than any ring has, in every schedule, for both widths of a tile.
 class CudaRing : public CudaGemm {};
 
@@ -101,6 +117,9 @@ TEST_P(CudaGemm, NothingToDo) {
       KCase k;
       k.rows = rows, k.tail = tail, k.n = n, k.m = n, k.in = GetParam().dtypes[0];
       ASSERT_NO_THROW(k_grouped_case(rng, k)) << k.name();
+      DswigluCase d;
+      d.rows = rows, d.tail = tail, d.n = n, d.k = n, d.in = GetParam().dtypes[0], d.weighted = tail == 1;
+      ASSERT_NO_THROW(dswiglu_case(rng, d)) << d.name();
     }
   }
   MCase no_k;
