@@ -106,6 +106,7 @@ def bench_products(report: Report, device: torch.device, experts: int, rows: int
     calls["grouped_mm"] = partial(torch._grouped_mm, g.t(), x, offs=ends.int())
     calls["cublas_dense"] = lambda: torch.mm(g.t(), x)
     report.case("gemm_k_grouped", shape, flop, "TFLOP/s", calls)
+    bench_dswiglu(report, shape, flop, x, w.transpose(1, 2).contiguous(), offsets)
     (xq, xs), (wq, _, ws) = ops.quantize_1x128(x, offsets), ops.quantize_128x128(w)
     report.case(
         "gemm_m_grouped_fp8",
@@ -117,6 +118,23 @@ def bench_products(report: Report, device: torch.device, experts: int, rows: int
             "our_bf16": partial(ops.gemm_m_grouped, x, w, offsets),
         },
     )
+
+
+def bench_dswiglu(report: Report, shape: str, flop: float, dy, b, offsets) -> None:
+    """SwiGLU's backward behind the data gradient dy b[e], I = N, D = K, against the ops that do it step by step."""
+    gate_up = torch.randn(dy.shape[0], 2 * b.shape[2], device=dy.device, dtype=dy.dtype)
+    weights, scalars = torch.rand(dy.shape[0], device=dy.device), (1.0, None, 0.0)
+
+    def separate() -> None:
+        g = ops.gemm_m_grouped(dy, b, offsets, False)
+        torch.ops.xtuner.swiglu_bwd(g, gate_up, offsets, *scalars)
+        ops.swiglu(gate_up, offsets, *scalars)
+
+    ours, product = partial(ops.gemm_m_grouped_dswiglu, dy, b, offsets, gate_up), ops.gemm_m_grouped
+    calls = {"ours": ours, "separate": separate, "our_product": partial(product, dy, b, offsets, False)}
+    report.case("gemm_m_grouped_dswiglu", shape, flop, "TFLOP/s", calls)
+    with_weights = {"ours": partial(ours, weights), "separate": separate}
+    report.case("gemm_m_grouped_dswiglu weighted", shape, flop, "TFLOP/s", with_weights)
 
 
 def main() -> None:

@@ -154,7 +154,8 @@ TEST(GemmHeuristics, WideTilesUnlessTheyWouldBeEmptyOrTooFew) {
   Rng rng(4);
   for (int trial = 0; trial < 1000; ++trial) {
     const int64_t rows = 1 + rng() % 100000, experts = rng() % 300, n = 8 * (1 + rng() % 2000);
-    for (const GemmConfig& c : {m_grouped_config(rows, experts, n, h200), k_grouped_config(1 + experts, rows, n, h200)}) {
+    for (const GemmConfig& c : {m_grouped_config(rows, experts, n, h200), dswiglu_config(rows, experts, n, h200),
+                                k_grouped_config(1 + experts, rows, n, h200)}) {
       ASSERT_TRUE(c.block_n == 128 || c.block_n == 256);
       ASSERT_TRUE(c.blocks >= 1 && c.blocks <= h200);
     }

@@ -124,6 +124,24 @@ def m_grouped_inputs(s: Shape, dtype: torch.dtype, rng: torch.Generator) -> Tens
     return x, randn(rng, dtype, s.experts, 256, s.hidden) / s.hidden**0.5, offsets
 
 
+def dswiglu_inputs(s: Shape, dtype: torch.dtype, rng: torch.Generator) -> Tensors:
+    x, offsets = rows(lambda s: 2 * s.hidden)(s, dtype, rng)
+    dy = poisoned(randn(rng, dtype, x.shape[0], 136), offsets)
+    b = randn(rng, dtype, s.experts, 136, s.hidden) / 136**0.5
+    return dy, b, offsets, x, poisoned(torch.rand(x.shape[0], generator=rng), offsets)
+
+
+def dswiglu(module) -> Callable[..., Tensors]:
+    """Without weights, and with them; dweights as if they were a mean, as errors of the product add up in a sum."""
+
+    def run(dy, b, offsets, x, weights) -> Tensors:
+        dx, act, _ = module.gemm_m_grouped_dswiglu(dy, b, offsets, x, None, *SWIGLU)
+        weighted_dx, weighted_act, dweights = module.gemm_m_grouped_dswiglu(dy, b, offsets, x, weights)
+        return dx, act, weighted_dx, weighted_act, dweights / b.shape[2]
+
+    return run
+
+
 def k_grouped_inputs(s: Shape, dtype: torch.dtype, rng: torch.Generator) -> Tensors:
     x, offsets = rows(lambda s: s.hidden)(s, dtype, rng)
     return poisoned(randn(rng, dtype, x.shape[0], 136), offsets) / 8, x, offsets
@@ -213,6 +231,7 @@ CASES = [
         lambda a, b, offsets: (ops.gemm_m_grouped_swiglu(a, b, offsets),),
         lambda a, b, offsets: (reference.gemm_m_grouped_swiglu(a, b, offsets),),
     ),
+    Case("gemm_m_grouped_dswiglu", dswiglu_inputs, dswiglu(ops), dswiglu(reference)),
     Case(
         "gemm_k_grouped",
         k_grouped_inputs,

@@ -8,9 +8,12 @@ from tests.cuda.test_machine_code import cuobjdump, functions
 
 pytestmark = pytest.mark.nvcc
 
-# Kernels of each: orientations of b (one for gradients) x rows gathered or not x widths of a tile.
-HOPPER = {"sm90/gemm_m_grouped": 8, "sm90/gemm_k_grouped": 4}
+# Kernels of each: orientations of b (one for gradients) x rows gathered or not x widths of a tile; SwiGLU's backward.
+HOPPER = {"sm90/gemm_m_grouped": 9, "sm90/gemm_k_grouped": 4}
 AMPERE = "sm80/gemm"
+# SwiGLU's backward: source, architecture, kernel, columns and rows of a warp.
+DSWIGLU = [("sm90/gemm_m_grouped", "sm_90a", "m_kernelILb0ELb0ELb1E", 128, 16),
+           (AMPERE, "sm_80", "m_kernelILb0ELb1EE", 64, 32)]  # fmt: skip
 GATHERED = re.compile(r"m_kernelILb\dELb1E|k_kernelILb1E")
 
 
@@ -50,13 +53,25 @@ def test_hopper_loads_by_the_copy_engine_or_gathers(source):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_ampere_multiplies_by_warps(architecture):
     found = functions(AMPERE, architecture)
-    assert len(found) == 3  # b along k, b along n, weight gradient
+    assert len(found) == 4  # b along k, b along n, SwiGLU's backward, weight gradient
     for name, opcodes in found.items():
         assert opcodes.count("HMMA.16816.F32.BF16") == 32, name  # 32 x 64 x 32 per warp and stage
         copies = [o for o in opcodes if o.startswith("LDGSTS")]
         assert copies and all(o.startswith("LDGSTS.E.BYPASS.128") for o in copies), (name, copies)
         loads = {o for o in opcodes if o.startswith("LDSM")}
         assert loads <= {"LDSM.16.M88.4", "LDSM.16.MT88.4"} and loads, (name, loads)
+
+
+@pytest.mark.parametrize(("source", "architecture", "kernel", "columns", "rows"), DSWIGLU)
+def test_the_backward_of_swiglu_reads_rows_ahead(source, architecture, kernel, columns, rows):
+    """Gate and up come in 16-byte units, all of 8 rows before the first of their results goes."""
+    (opcodes,) = [body for name, body in functions(source, architecture).items() if kernel in name]
+    wide = [o[:3] for o in opcodes if re.match(r"(LDG|STG)\.E\S*\.128", o)]
+    units = columns // 32  # of a lane, in each of gate, up and act
+    assert wide.count("LDG") == 2 * units * rows // 8
+    first = wide.index("LDG")
+    assert wide[first : first + 2 * units] == ["LDG"] * 2 * units, wide
+    assert wide[first:].count("STG") >= 3 * units * rows // 8
 
 
 @pytest.mark.parametrize("source", [*HOPPER, AMPERE])
