@@ -1,10 +1,11 @@
-"""The one command: `python -m xtuner.run train | plan | generate | data | convert | info`."""
+"""The one command: `python -m xtuner.run train | plan | advise | generate | data | convert | info`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,13 @@ from types import FrameType
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from xtuner.config import DataConfig, TrainConfig, describe_fields, load_config  # noqa: E402
-from xtuner.errors import HANG_EXIT_CODE, ConfigError, XTunerError  # noqa: E402
+from xtuner.errors import (  # noqa: E402
+    HANG_EXIT_CODE,
+    OUT_OF_MEMORY_EXIT_CODE,
+    ConfigError,
+    OutOfMemoryError,
+    XTunerError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
+    except OutOfMemoryError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return OUT_OF_MEMORY_EXIT_CODE
     except XTunerError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -62,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="memory, traffic and speed of a run on a machine you need not have")
     _lazy(plan, "xtuner.plan.plan")
+
+    advise = commands.add_parser("advise", help="what would save how much memory of a run that had not enough")
+    _lazy(advise, "xtuner.plan.advise")
 
     data = commands.add_parser("data", help="show what the model will see of a data file")
     data.add_argument("files", nargs="+", type=Path, metavar="FILE")
@@ -101,12 +114,27 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_here(config: TrainConfig, prepare, resume: bool) -> int:
+    from xtuner.engine.out_of_memory import release
     from xtuner.engine.trainer import train
 
-    summary = train(config, resume=resume, prepare=prepare)
+    try:
+        summary = train(config, resume=resume, prepare=prepare)
+    except OutOfMemoryError as e:
+        if "RANK" not in os.environ:  # else the launcher does it, once for all ranks
+            print(f"error: {e}", file=sys.stderr, flush=True)
+            release(e)
+            _advise(e.snapshot)
+            return OUT_OF_MEMORY_EXIT_CODE
+        raise
     if int(os.environ.get("RANK", 0)) == 0 and not summary["stopped"]:
         _print_samples(config)
     return 0
+
+
+def _advise(snapshot: Path) -> None:
+    """In a process of its own, which has the memory that the failed one had."""
+    command = [sys.executable, "-m", "xtuner.run", "advise", str(snapshot)]
+    subprocess.run(command)
 
 
 def _print_samples(config: TrainConfig) -> None:
@@ -130,6 +158,7 @@ def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from xtuner.engine.out_of_memory import snapshot_file
     from xtuner.engine.trainer import refuse_used_run_dir
 
     if args.nnodes > 1 and not args.rdzv:
@@ -163,16 +192,21 @@ def _launch(args: argparse.Namespace, config: TrainConfig) -> int:
             print(f"error: rank {rank} (pid {failure.pid}) was killed by {failure.signal_name()}", file=sys.stderr)
             return 1
         print(f"error: rank {rank} ended with exit code {failure.exitcode}; its message is above", file=sys.stderr)
+        if failure.exitcode == OUT_OF_MEMORY_EXIT_CODE:
+            _advise(snapshot_file(config.run_dir, rank))
         return failure.exitcode
     return 0
 
 
 def _first_cause(failures: dict):
-    """The rank to blame: who found the run hanging; else who was killed; else who failed; else whom we ended."""
+    """The rank to blame: who found the run hanging or had no memory; else who was killed; else who failed; else whom
+    we ended."""
 
     def order(item) -> int:
         code = item[1].exitcode
-        return 0 if code == HANG_EXIT_CODE else 3 if code == -signal.SIGTERM else 1 if code < 0 else 2
+        if code in (HANG_EXIT_CODE, OUT_OF_MEMORY_EXIT_CODE):
+            return 0
+        return 3 if code == -signal.SIGTERM else 1 if code < 0 else 2
 
     return min(failures.items(), key=order)
 

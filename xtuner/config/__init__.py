@@ -2,7 +2,7 @@
 
 from xtuner.config.base import ConfigBase
 from xtuner.config.data import DataConfig
-from xtuner.config.load import LoadedConfig, describe_fields, load_config, recipe_names, save_config
+from xtuner.config.load import LoadedConfig, describe_fields, load_config, recipe_names, save_config, with_overrides
 from xtuner.config.memory import MemoryConfig
 from xtuner.config.model import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from xtuner.config.train import (
@@ -41,4 +41,5 @@ __all__ = [
     "load_config",
     "recipe_names",
     "save_config",
+    "with_overrides",
 ]

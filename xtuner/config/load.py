@@ -43,6 +43,14 @@ def load_config(source: str, overrides: Sequence[str], cls: type[ConfigBase]) ->
     return LoadedConfig(cls.parse(values), prepare)
 
 
+def with_overrides(config: ConfigBase, overrides: Sequence[str]) -> ConfigBase:
+    """Another config, with these `key.sub=value` changed. Raises ConfigError as `load_config` does."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply(values, override, type(config))
+    return type(config).parse(values)
+
+
 def save_config(config: ConfigBase, path: Path) -> None:
     """Write the resolved tree as JSON, itself a valid CONFIG."""
     path.write_text(config.model_dump_json(indent=2) + "\n")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xtuner.batch import Batch
 from xtuner.config import LossConfig
+from xtuner.engine.out_of_memory import during
 from xtuner.models import ModelOutput
 from xtuner.nn.loss import load_balancing_loss, z_loss
 from xtuner.nn.router import RouterStats
@@ -66,10 +67,11 @@ def train_step(
     meter = accumulate_gradients(model, micro_batches, loss_cfg, world)
     check_overflow(model, world)
     raise_faults()
-    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm, world.all_reduce_sum)
-    finite = math.isfinite(grad_norm)
-    if finite:
-        optimizer.step()
+    with during("the optimizer's update"):
+        grad_norm = clip_grad_norm(model.parameters(), max_grad_norm, world.all_reduce_sum)
+        finite = math.isfinite(grad_norm)
+        if finite:
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     result = meter.result(grad_norm, skipped=not finite)
     if finite and loss_cfg.bias_update_rate:
@@ -84,11 +86,13 @@ def accumulate_gradients(
     weight = global_loss_weight(micro_batches, world)
     meter = _Meter(world)
     for batch in micro_batches:
-        output = forward_loss(model, batch)
-        loss = output.loss_sum / weight
-        aux, z = auxiliary_losses(output.stats, batch, model, loss_cfg, world)
+        with during("the forward pass"):
+            output = forward_loss(model, batch)
+            loss = output.loss_sum / weight
+            aux, z = auxiliary_losses(output.stats, batch, model, loss_cfg, world)
         share = 1 / len(micro_batches)
-        (loss + share * (loss_cfg.aux_loss_coef * aux + loss_cfg.z_loss_coef * z)).backward()
+        with during("the backward pass"):
+            (loss + share * (loss_cfg.aux_loss_coef * aux + loss_cfg.z_loss_coef * z)).backward()
         meter.add(loss, aux * share, z * share, batch.num_tokens, output.stats)
     return meter
 

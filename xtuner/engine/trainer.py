@@ -18,6 +18,7 @@ from xtuner.config import ModelConfig, TrainConfig, save_config
 from xtuner.data import Loader, PackedDataset, build_dataset
 from xtuner.engine.metrics import MetricsWriter, read_metrics
 from xtuner.engine.nonfinite import find_nonfinite
+from xtuner.engine.out_of_memory import during, leave_snapshot, resident_bytes
 from xtuner.engine.profile import ProfileWindow
 from xtuner.engine.report import due, finish, report_ranks, report_step
 from xtuner.engine.screen import Screen
@@ -25,7 +26,7 @@ from xtuner.engine.stop import StopRequest
 from xtuner.engine.train_step import StepResult, train_step
 from xtuner.engine.validate import validation_loss
 from xtuner.engine.watchdog import Watchdog
-from xtuner.errors import ConfigError, DataError
+from xtuner.errors import ConfigError, DataError, OutOfMemoryError
 from xtuner.models import SIZES, build_model, config_from_hf, hf_map
 from xtuner.nn.fp8 import use_fp8
 from xtuner.ops import watch_faults
@@ -95,16 +96,23 @@ def train(cfg: TrainConfig, resume: bool = False, prepare: Prepare | None = None
 
     Raises:
         ConfigError, DataError, CheckpointError: about the user's input, before the first step where possible.
+        OutOfMemoryError: the run does not fit; a snapshot of what was held is in `cfg.run_dir`.
     """
     world = init_world(cfg.device, cfg.num_threads)
+    resident, run = resident_bytes(world.device), None
     try:
         cfg = _on_local_main_first(world, lambda: prepare(cfg)) if prepare else cfg
         _open_run_dir(cfg, resume, world)
-        run = _build(cfg, world)
+        with during("the building of the model"):
+            run = _build(cfg, world)
         checkpoint = list_checkpoints(run.writer.root)[-1:] if resume else []
         if checkpoint:
             run.restore(checkpoint[0])
         return _loop(run)
+    except OutOfMemoryError as e:
+        step, optimizer = (run.step + 1, run.optimizer) if run is not None else (None, None)
+        leave_snapshot(e, cfg, world, step, optimizer, resident)
+        raise
     finally:
         leave_world()
 

@@ -1,37 +1,72 @@
-"""What would save how much memory, when a run does not fit."""
+"""What would save how much memory: the run's own step on tensors without data, with one setting changed at a time."""
 
 from __future__ import annotations
 
-from xtuner.config import ModelConfig, TrainConfig
+from collections.abc import Iterator
+
+from xtuner.config import ModelConfig, TrainConfig, with_overrides
+from xtuner.errors import ConfigError
+from xtuner.parallel import check_layout
+from xtuner.plan.device import Device
+from xtuner.plan.search import _estimate as estimate
 
 
-def advice(cfg: TrainConfig, arch: ModelConfig, by_kind: dict[str, int]) -> list[tuple[str, int]]:
-    """Settings that are not on yet and the bytes each saves at the peak by its arithmetic, most first.
+def advice(
+    cfg: TrainConfig,
+    arch: ModelConfig,
+    num_ranks: int,
+    device: Device,
+    document: int,
+    imbalance: float = 1.0,
+    on_host: bool = False,
+) -> list[tuple[str, int]]:
+    """Settings that are not on yet and the bytes each takes off the peak of one rank, most first.
 
     Args:
-        by_kind: bytes at the peak.
+        document, imbalance: as in `simulate`.
+        on_host: the ranks compute where the host's memory is, so that nothing is saved by keeping something there.
+
+    Returns:
+        Overrides as they are typed after a CONFIG, several with spaces between. Peaks are continued from few blocks.
     """
-    memory, layers = cfg.memory, arch.num_hidden_layers
-    width = 2 if cfg.parallel.compute_dtype == "bfloat16" else 4
-    tokens = cfg.data.pack_max_length * cfg.micro_batch_size // cfg.parallel.sp_size
-    inputs = tokens * arch.hidden_size * width  # of one block
+    before, _ = estimate(cfg, arch, num_ranks, device, document, imbalance)
     found = []
-    if memory.checkpointing != "full" or memory.checkpointing_ratio < 1:
-        # What one block needs stays, for it is made again; inputs of all stay, too.
-        found.append(("memory.checkpointing=full", by_kind["activations"] * (layers - 1) // layers - layers * inputs))
-    if memory.checkpointing != "none" and not memory.offload_activations:
-        found.append(("memory.offload_activations=true", (layers - 2) * inputs))
-    if not memory.offload_optimizer and not memory.offload_parameters:
-        found.append(("memory.offload_optimizer=true", by_kind["optimizer"]))
-    if not memory.offload_parameters:
-        state = sum(by_kind[kind] for kind in ("parameters", "gradients", "optimizer"))
-        found.append(("memory.offload_parameters=true", state))
-    if memory.reduce_dtype == "float32":
-        found.append(("memory.reduce_dtype=bfloat16", by_kind["communication"] // 3))
-    if cfg.parallel.compute_dtype == "float32":
-        found.append(("parallel.compute_dtype=bfloat16", (by_kind["activations"] + by_kind["communication"]) // 2))
-    if arch.moe is not None and cfg.parallel.ep_size == 1:
-        found.append(("parallel.ep_size=8 (or more)", by_kind["communication"] * 3 // 4))
-    per_token = by_kind["activations"] // 2
-    found.append((f"data.pack_max_length={cfg.data.pack_max_length // 2}", per_token))
+    for overrides in _changes(cfg, arch, num_ranks, on_host):
+        try:
+            changed = with_overrides(cfg, overrides)
+            check_layout(changed.parallel, arch, num_ranks)
+        except ConfigError:
+            continue  # this run cannot have it
+        after, _ = estimate(changed, arch, num_ranks, device, min(document, changed.data.pack_max_length), imbalance)
+        found.append((" ".join(overrides), int(before - after)))
     return sorted(((name, size) for name, size in found if size > 0), key=lambda item: -item[1])
+
+
+def _changes(cfg: TrainConfig, arch: ModelConfig, num_ranks: int, on_host: bool) -> Iterator[list[str]]:
+    memory, parallel = cfg.memory, cfg.parallel
+    full = memory.checkpointing == "full" and memory.checkpointing_ratio == 1
+    if memory.checkpointing == "none":
+        yield ["memory.checkpointing=selective"]
+    if not full:
+        yield ["memory.checkpointing=full", "memory.checkpointing_ratio=1"][: 1 + (memory.checkpointing_ratio < 1)]
+    if not on_host:
+        if memory.checkpointing != "none" and not memory.offload_activations:
+            yield ["memory.offload_activations=true"]
+        if not memory.offload_optimizer and not memory.offload_parameters:
+            yield ["memory.offload_optimizer=true"]
+        if not memory.offload_parameters:
+            yield ["memory.offload_parameters=true", "memory.offload_optimizer=false"][: 1 + memory.offload_optimizer]
+    if parallel.compute_dtype == "float32":
+        yield ["parallel.compute_dtype=bfloat16"]
+    if num_ranks > 1:
+        if memory.reduce_dtype == "float32":
+            yield ["memory.reduce_dtype=bfloat16"]
+        if not parallel.reshard_after_forward:
+            yield ["parallel.reshard_after_forward=true"]
+        if arch.moe is not None:
+            yield [f"parallel.ep_size={2 * parallel.ep_size}"]
+        yield [f"parallel.sp_size={2 * parallel.sp_size}"]
+    if cfg.micro_batch_size > 1 and cfg.micro_batch_size % 2 == 0:
+        yield [f"micro_batch_size={cfg.micro_batch_size // 2}"]
+    if cfg.data.pack_max_length > 1:
+        yield [f"data.pack_max_length={cfg.data.pack_max_length // 2}"]

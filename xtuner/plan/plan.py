@@ -110,8 +110,8 @@ def _print(
     for kind, size in plan.by_kind.items():
         print(f"  {kind:14} {size / GIB:8.2f} GiB")
     if not plan.fits:
-        print("\nwhat would save how much, by its arithmetic")
-        for setting, size in advice(cfg, arch, plan.by_kind):
+        print("\nwhat would save how much at the peak")
+        for setting, size in advice(cfg, arch, args.gpus, plan.device, document, args.imbalance):
             print(f"  {setting:34} {size / GIB:8.2f} GiB")
     print("\ntraffic of one device in a step, sent")
     for (collective, link), size in sorted(sim.clock.traffic.items()):
