@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tests.engine.tiny import make_tokenizer
-from tests.models.hf_models import BASE, FAMILIES, MOE
+from tests.models.hf_models import BASE, DEEPSEEK, FAMILIES, MOE
 from xtuner.engine.generate import Generator, sampling_distribution
 from xtuner.errors import CheckpointError, ConfigError, DataError
-from xtuner.models import SIZES, config_to_hf
 from xtuner.run import main
 
 PROMPTS = ["the router", "a", "many experts weigh the tokens of a gate", "pick "]
@@ -30,13 +29,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe", "llama"])
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe", "llama", "deepseek_v3"])
 def directory(request, tmp_path_factory):
     """A random model with a byte tokenizer, as transformers saves it. Weights are large, so that choices are clear."""
     path = tmp_path_factory.mktemp(request.param)
     make_tokenizer(path)
     config_class, model_class = FAMILIES[request.param]
-    fields = BASE | (MOE if request.param == "qwen3_moe" else {}) | {"vocab_size": 257, "initializer_range": 0.3}
+    fields = BASE | {"qwen3_moe": MOE, "deepseek_v3": DEEPSEEK}.get(request.param, {})
+    fields |= {"vocab_size": 257, "initializer_range": 0.3}
     torch.manual_seed(0)
     model_class(config_class(**fields, bos_token_id=None, eos_token_id=0, pad_token_id=0)).save_pretrained(path)
     return path
@@ -54,12 +54,6 @@ def reference(model, ids, max_new_tokens):
     )
     new = out[0, len(ids) :].tolist()
     return new[: new.index(0)] if 0 in new else new
-
-
-def test_latent_attention_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(SIZES["deepseek-v3-tiny"])))
-    with pytest.raises(ConfigError, match=r"generation with latent attention \(family deepseek_v3\) is not supported"):
-        Generator(tmp_path)
 
 
 def test_greedy_equals_transformers(directory, generator):

@@ -5,7 +5,7 @@ from xtuner.models import SIZES, build_model
 from xtuner.nn.kv_cache import KVCache
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe-tiny", "llama-tiny"])
+@pytest.mark.parametrize("name", ["qwen3-moe-tiny", "llama-tiny", "deepseek-v3-tiny"])
 def test_decoding_step_by_step_equals_the_whole_text(name):
     cfg = SIZES[name]
     model = build_model(cfg)
@@ -18,7 +18,7 @@ def test_decoding_step_by_step_equals_the_whole_text(name):
     for text in texts:
         n = len(text)
         expected.append(model(text, torch.arange(n)[None], torch.tensor([0, n], dtype=torch.int32), n).logits)
-    cache = KVCache(cfg.num_hidden_layers, 2, 9, cfg.num_key_value_heads, cfg.head_dim, torch.float32, "cpu")
+    cache = KVCache(cfg, 2, 9, torch.float32, "cpu")
     done, sizes = [0, 0], prefill
     while True:
         new = [text[d : d + n] for text, d, n in zip(texts, done, sizes, strict=True)]
@@ -34,3 +34,9 @@ def test_decoding_step_by_step_equals_the_whole_text(name):
     assert cache.lengths == [9, 4]
     with pytest.raises(ValueError, match="max_length=9 of the KV cache is exceeded: 10 tokens"):
         model(torch.tensor([1, 1]), torch.tensor([[9, 4]]), torch.tensor([0, 1, 2], dtype=torch.int32), 1, cache=cache)
+
+
+def test_latent_attention_keeps_no_heads():
+    cfg = SIZES["deepseek-v3-tiny"]
+    kept = [store.shape[3:].numel() for store in KVCache(cfg, 1, 1, torch.float32, "cpu").stores]
+    assert kept == [cfg.mla.kv_lora_rank, cfg.mla.qk_rope_head_dim]

@@ -35,11 +35,6 @@ class Generator:
     def __init__(self, path: Path | str, dtype: str = "float32", device: str = "cpu"):
         self.path, self.device = Path(path), device
         self.cfg = config_from_hf(self.path)
-        if self.cfg.mla is not None:
-            raise ConfigError(
-                f"{path}: generation with latent attention (family {self.cfg.family}) is not supported; transformers "
-                "can generate from this directory"
-            )
         self.tokenizer = load_tokenizer(self.path)
         self.end_tokens = _end_tokens(self.path, self.cfg.eos_token_id, self.tokenizer.eos_token_id)
         self.dtype = getattr(torch, dtype)
@@ -117,8 +112,7 @@ class Generator:
                 f"max_new_tokens={max_new_tokens}: the longest prompt would grow to {longest} tokens, "
                 f"but the model was made for {self.cfg.max_position_embeddings}"
             )
-        heads, width = self.cfg.num_key_value_heads, self.cfg.head_dim
-        return KVCache(self.cfg.num_hidden_layers, len(sequences), longest, heads, width, self.dtype, self.device)
+        return KVCache(self.cfg, len(sequences), longest, self.dtype, self.device)
 
     def _step(self, fresh: list[list[int]], cache: KVCache) -> Tensor:
         """Run the fresh tokens; logits [S, V] after the last of them, a row per sequence that has any. Float32, CPU."""

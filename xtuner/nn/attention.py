@@ -59,7 +59,7 @@ class Attention(nn.Module):
         q, k = _positioned(q, self.q_norm, rotary), _positioned(k, self.k_norm, rotary)
         cu_k, max_k = cu_seqlens, max_seqlen
         if cache is not None:
-            k, v, cu_k, max_k = cache.append(self.layer, k, v, cu_seqlens)
+            k, v, cu_k, max_k = cache.append(self.layer, (k, v), cu_seqlens)
         if self.exchange is not None:
             q = self.exchange.to_heads(q, total_tokens)
             k = self.exchange.to_heads(k, total_tokens)

@@ -53,22 +53,24 @@ class LatentAttention(nn.Module):
         cache: KVCache | None = None,
         total_tokens: int | None = None,
     ) -> Tensor:
-        """As `Attention.forward`, except that generation with a `cache` is not supported."""
-        if cache is not None:
-            raise NotImplementedError("latent attention has no cache of keys and values yet")
+        """As `Attention.forward`; a `cache` keeps latents, of which keys and values are made again at every call."""
         q = self._queries(x_TD).unflatten(-1, (self.heads, -1))
         q_plain, q_rotated = q.split([self.plain, self.rotated], -1)
         latent, k_rotated = self.wkv_a(x_TD).split([self.latent, self.rotated], -1)
-        kv = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (self.heads, -1))
-        k_plain, v = kv.split([self.plain, self.width_v], -1)
+        latent = self.kv_norm(latent)
         q_rotated = ops.rotary(_halves(q_rotated), *rotary)
-        k_rotated = ops.rotary(_halves(k_rotated[:, None]), *rotary).expand(-1, self.heads, -1)
-        q, k = torch.cat([q_plain, q_rotated], -1), torch.cat([k_plain, k_rotated], -1)
+        k_rotated = ops.rotary(_halves(k_rotated[:, None]), *rotary)
+        cu_k, max_k = cu_seqlens, max_seqlen
+        if cache is not None:
+            latent, k_rotated, cu_k, max_k = cache.append(self.layer, (latent, k_rotated), cu_seqlens)
+        k_plain, v = self.wkv_b(latent).unflatten(-1, (self.heads, -1)).split([self.plain, self.width_v], -1)
+        q = torch.cat([q_plain, q_rotated], -1)
+        k = torch.cat([k_plain, k_rotated.expand(-1, self.heads, -1)], -1)
         if self.exchange is not None:
             q = self.exchange.to_heads(q, total_tokens)
             k = self.exchange.to_heads(k, total_tokens)
             v = self.exchange.to_heads(v, total_tokens)
-        out = ops.attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, self.scale)
+        out = ops.attention(q, k, v, cu_seqlens, cu_k, max_seqlen, max_k, self.scale)
         if self.exchange is not None:
             out = self.exchange.to_tokens(out)
         return self.wo(out.flatten(1))
