@@ -3,8 +3,10 @@
     python bench/long_document.py                          65,536 tokens, logits in parts, blocks recomputed: minutes
     python bench/long_document.py --tokens 16384 --apart   also what each technique saves by itself
 
-Each trial is a process of its own. Its figures are its peak resident memory, and how much of that the step adds to what
-was held before it; a technique's saving is the difference to the trial above.
+Each trial is a process of its own, which takes a short step first, so that there is optimizer state. Its figures are
+its peak resident memory, how much of that the long step adds to what was held before it, and what tensors held at the
+peak, on the device and on the host; a technique's saving is the difference to the trial above. On a processor device
+and host are the same memory: what goes to the host is resident as before, and its saving is one of tensors only.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ TRIALS = {
     "+ selective": ({"checkpointing": "selective"}, True),
     "+ half of the blocks": ({"checkpointing": "full", "checkpointing_ratio": 0.5}, True),
     "+ full": ({"checkpointing": "full"}, True),
+    "+ inputs on the host": ({"checkpointing": "full", "offload_activations": True}, True),
+    "+ optimizer on the host": (
+        {"checkpointing": "full", "offload_activations": True, "offload_optimizer": True}, True
+    ),
 }
 
 
@@ -53,10 +59,16 @@ def main() -> None:
         command += ["--tokens", str(args.tokens), "--threads", str(args.threads)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         result = results[name] = json.loads(done.stdout)
-        saved = "" if before is None else f"saves {(before - result['peak_growth']) / 2**30:6.2f} GiB"
-        before = result["peak_growth"]
-        print(f"{name:24} peak {result['peak'] / 2**30:6.2f} GiB, in the step {before / 2**30:6.2f} GiB, "
-              f"{result['seconds']:6.1f} s, loss {result['loss']:.4f}  {saved}", flush=True)  # fmt: skip
+        shown = {key: f"{result[key] / 2**30:6.2f} GiB" for key in ("peak", "peak_growth", "device", "host")}
+        saved = ""
+        if before is not None:
+            saved = "  saves " + ", ".join(
+                f"{(before[key] - result[key]) / 2**30:6.2f} GiB {what}"
+                for key, what in (("peak_growth", "resident"), ("device", "of the device's"))
+            )
+        before = result
+        print(f"{name:24} peak {shown['peak']}, in the step {shown['peak_growth']}; device {shown['device']}, host "
+              f"{shown['host']}; {result['seconds']:6.1f} s, loss {result['loss']:.4f}{saved}", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps({"tokens": args.tokens, "arch": ARCH, "trials": results}, indent=1) + "\n")
 
@@ -69,9 +81,10 @@ def _trial(name: str, tokens: int, threads: int) -> dict:
     from xtuner.config import LossConfig, MemoryConfig, ModelConfig, OptimConfig
     from xtuner.engine.train_step import train_step
     from xtuner.models import build_model
-    from xtuner.optim import build_adamw
+    from xtuner.optim import build_adamw, keep_state_on_host
     from xtuner.parallel import World
     from xtuner.parallel.recompute import recompute_blocks
+    from xtuner.plan.tracker import MemoryTracker, Usage
 
     memory, in_parts = TRIALS[name]
     torch.set_num_threads(threads)
@@ -84,19 +97,30 @@ def _trial(name: str, tokens: int, threads: int) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters >= 50e6, parameters
     model.init_weights(0)
-    recompute_blocks(model, MemoryConfig(**memory))
+    cfg = MemoryConfig(**memory)
+    recompute_blocks(model, cfg)
     optimizer = build_adamw(model, OptimConfig())
-    ids = torch.randint(ARCH["vocab_size"], (tokens,), generator=torch.Generator().manual_seed(0))
-    batch = Batch(
-        input_ids=ids, labels=ids.roll(-1), loss_weights=torch.ones(tokens), positions=torch.arange(tokens)[None],
-        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32), max_seqlen=tokens,
-    )  # fmt: skip
-    before, started = _resident("VmRSS"), time.perf_counter()
-    world = World(0, 0, 1, 1, torch.device("cpu"))
-    result = train_step(model, optimizer, [batch], LossConfig(), 1.0, world)
+    if cfg.offload_optimizer:
+        keep_state_on_host(optimizer)
+    world, tracker = World(0, 0, 1, 1, torch.device("cpu")), MemoryTracker(block=1)
+
+    def step(length: int) -> float:
+        ids = torch.randint(ARCH["vocab_size"], (length,), generator=torch.Generator().manual_seed(0))
+        batch = Batch(
+            input_ids=ids, labels=ids.roll(-1), loss_weights=torch.ones(length), positions=torch.arange(length)[None],
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32), max_seqlen=length,
+        )  # fmt: skip
+        return train_step(model, optimizer, [batch], LossConfig(), 1.0, world).loss
+
+    tracker.label_model(model)
+    with tracker:
+        step(64)
+        tracker.peak, tracker.host_peak = Usage(), 0
+        before, started = _resident("VmRSS"), time.perf_counter()
+        loss = step(tokens)
     peak = _resident("VmHWM")
-    return {"peak": peak, "peak_growth": peak - before, "seconds": time.perf_counter() - started, "loss": result.loss,
-            "parameters": parameters}  # fmt: skip
+    return {"peak": peak, "peak_growth": peak - before, "device": tracker.peak.device, "host": tracker.host_peak,
+            "seconds": time.perf_counter() - started, "loss": loss, "parameters": parameters}  # fmt: skip
 
 
 def _whole_logits(hidden, weight, labels, loss_weights):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from xtuner.checkpoint.hf import load_hf
 from xtuner.config import LossConfig, MemoryConfig, ModelConfig, ParallelConfig
@@ -16,6 +17,7 @@ from xtuner.data.dataset import Pack
 from xtuner.engine.train_step import train_step
 from xtuner.models import build_model, hf_map
 from xtuner.parallel import World, build_layout, init_world, leave_world, materialize, parallelize, whole
+from xtuner.plan.tracker import MemoryTracker
 
 # Two key/value heads for up to four sequence-parallel ranks; one dense layer.
 ARCH = ModelConfig.parse({
@@ -103,6 +105,33 @@ def step_in_layout(
         return *result, gradient if world.is_main else None
     finally:
         leave_world()
+
+
+def reduced_gradients(weights: Path, reduce_dtype: str):
+    """Of cross-entropy over all packs: the gradient summed over the ranks in `reduce_dtype`, this rank's own without
+    any sharding, and the dtypes that travelled."""
+    world, model, layout = build({}, {"reduce_dtype": reduce_dtype})
+    try:
+        load_hf(model, hf_map(ARCH), weights)
+        where = layout.data_rank, layout.data_size, layout.slice, CROSS_ENTROPY_ALONE, 1
+        with _Reductions() as reductions:
+            *_, total = one_step(model, world, *where)
+        *_, own = one_step(make_model(), world, *where)
+        return total, own, reductions.dtypes
+    finally:
+        leave_world()
+
+
+class _Reductions(MemoryTracker):
+    """Watches operators for what is reduced over ranks and scattered."""
+
+    def __enter__(self):
+        self.dtypes: set[torch.dtype] = set()
+        return super().__enter__()
+
+    def observe(self, func: torch._ops.OpOverload, args: Any, result: Any) -> None:
+        if func.namespace == "c10d" and "reduce_scatter" in func.__name__:
+            self.dtypes |= {x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
 
 
 def build(fields: dict[str, Any], memory: dict[str, Any] | None = None):

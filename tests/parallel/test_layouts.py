@@ -135,6 +135,26 @@ def test_gradient_accumulation(ranks, weights, expected, table):
     check(ranks, weights, expected, table, "EP 2, fused", micro=2)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_low_precision_reduction_errs_by_its_rounding(ranks, weights, num_ranks):
+    """Each rank's part is rounded once and each sum once, by 2^-8 at most of what all parts add up to in absolute
+    value."""
+    exact, reduced = (
+        ranks.run(layout_rank.reduced_gradients, num_ranks, weights, dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert all(travelled == {torch.float32} for *_, travelled in exact)
+    assert all(travelled == {torch.bfloat16} for *_, travelled in reduced)
+    used = 0.0
+    for name, value in reduced[0][0].items():
+        parts = np.stack([own[name] for _, own, _ in exact]).astype(np.float64)
+        np.testing.assert_allclose(exact[0][0][name], parts.sum(0), rtol=0, atol=1e-5 * np.abs(parts).sum(0).max())
+        bound = num_ranks * 2.0**-8 * np.abs(parts).sum(0)
+        error = np.abs(value - parts.sum(0))
+        assert (error <= 1.02 * bound + 1e-7).all(), name
+        used = max(used, (error / (bound + 1e-7)).max())
+    assert used > 0.1  # it is the rounding that the bound is about
+
+
 ALL_TECHNIQUES = {"checkpointing": "full", "offload_activations": True, "offload_parameters": True}
 MIXED_TECHNIQUES = {"checkpointing": "selective", "checkpointing_ratio": 0.5}
 
