@@ -9,7 +9,7 @@ CTEST := $(VENV)/bin/ctest
 export OMP_WAIT_POLICY := PASSIVE
 CORES := $(shell nproc)
 
-.PHONY: setup quickstart test lint gtest pytest long sanitize cuda prove bench wheel sft-smollm2 clean
+.PHONY: setup quickstart test lint gtest pytest long sanitize cuda neon prove bench wheel sft-smollm2 clean
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,25 @@ cuda: setup
 		$(PY) -m pytest -q -m nvcc tests/cuda; \
 	else \
 		echo "make cuda: skipped, as there is no nvcc on PATH"; \
+	fi
+
+# The C++ tests compiled for AArch64, where the portable kernels become NEON, and run under qemu. GoogleTest is compiled
+# from the sources that libgtest-dev installs.
+NEON_FLAGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DCMAKE_BUILD_TYPE=Release \
+	-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+neon: setup
+	if command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static && test -d /usr/src/googletest; then \
+		$(CMAKE) -S /usr/src/googletest -B build/neon/gtest $(NEON_FLAGS) -DBUILD_GMOCK=OFF \
+			-DCMAKE_INSTALL_PREFIX=$(abspath build/neon/prefix) && \
+		$(CMAKE) --build build/neon/gtest -j $(CORES) --target install && \
+		$(CMAKE) -S . -B build/neon/xtuner $(NEON_FLAGS) -DXT_PYTHON=OFF -DXT_TESTS=ON -DXT_CUDA=OFF \
+			-DGTest_ROOT=$(abspath build/neon/prefix) \
+			"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static;-L;/usr/aarch64-linux-gnu" && \
+		$(CMAKE) --build build/neon/xtuner -j $(CORES) && \
+		$(CTEST) --test-dir build/neon/xtuner --output-on-failure -j $(CORES); \
+	else \
+		echo "make neon: skipped; it needs the packages g++-aarch64-linux-gnu, qemu-user-static and libgtest-dev"; \
 	fi
 
 # A wheel built in isolation, without torch, used from another directory.

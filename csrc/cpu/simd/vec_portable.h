@@ -1,5 +1,10 @@
-// Four floats in the compiler's own vector type: SSE2 on x86-64, NEON on AArch64. No fused multiply-add is assumed.
+// Four floats in the compiler's own vector type: SSE2 on x86-64, NEON on AArch64. Multiply-adds are fused on AArch64,
+// where every processor does that; elsewhere they are not.
 #pragma once
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
+
 #include "cpu/simd/bf16.h"
 #include "cpu/simd/fp8.h"
 #include "cpu/simd/transpose_bytes.h"
@@ -8,12 +13,17 @@ namespace xt::cpu::portable {
 
 struct Vec {
   static constexpr int width = 4;
-  static constexpr int tile_rows = 6;    // of the GEMM: 6 x 2 sums, 2 of V and a broadcast fit 16 registers
+#ifdef __aarch64__
+  static constexpr int tile_rows = 8;  // of the GEMM: 8 x 2 sums, 2 of V and a broadcast fit 32 registers
+#else
+  static constexpr int tile_rows = 6;  // of the GEMM: 6 x 2 sums, 2 of V and a broadcast fit 16 registers
+#endif
   static constexpr int thin_tile_rows = 12;  // where one vector holds all columns
-  static constexpr int block = 4;        // of transpose()
+  static constexpr int block = 4;            // of transpose()
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
   typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef uint16_t Halves __attribute__((vector_size(8)));
   static constexpr int32_t upper_half = static_cast<int32_t>(0xffff0000u);
   Floats v;
   using Half = Vec;  // of the GEMM: for tiles with few columns
@@ -27,13 +37,21 @@ struct Vec {
   static XT_INLINE Vec zero() { return {Floats{}}; }
   static XT_INLINE Vec all(float f) { return {Floats{f, f, f, f}}; }
   // In every lane the second of the two elements at p.
-  static XT_INLINE Vec all_upper(const bf16_t* p) { return all(widen(p[1])); }
+  static XT_INLINE Vec all_upper(const bf16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return {(Floats)(Ints{both, both, both, both} & upper_half)};
+  }
   static XT_INLINE Vec load(const float* p) {
     Vec r;
     __builtin_memcpy(&r.v, p, 16);
     return r;
   }
-  static XT_INLINE Vec load(const bf16_t* p) { return {Floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}}; }
+  static XT_INLINE Vec load(const bf16_t* p) {
+    Halves h;
+    __builtin_memcpy(&h, p, 8);
+    return {(Floats)(__builtin_convertvector(h, Bits) << 16)};
+  }
   static XT_INLINE Vec load(const e4m3_t* p) { return fp8_values<e4m3_t, Vec>(load_bytes(&p->bits)); }
   static XT_INLINE Vec load(const e5m2_t* p) { return fp8_values<e5m2_t, Vec>(load_bytes(&p->bits)); }
   // The first n elements, n < width; the rest is zero.
@@ -45,7 +63,8 @@ struct Vec {
   }
   XT_INLINE void store(float* p) const { __builtin_memcpy(p, &v, 16); }
   XT_INLINE void store(bf16_t* p) const {
-    for (int i = 0; i < width; ++i) p[i] = narrow(v[i]);
+    const Halves h = __builtin_convertvector(rounded() >> 16, Halves);
+    __builtin_memcpy(p, &h, 8);
   }
   template <class T>
   XT_INLINE void store(T* p, int n) const {
@@ -151,7 +170,12 @@ struct Vec {
   template <class Unit, class T>
   static XT_INLINE void transpose(const T* const* rows, int64_t at, float* to, int64_t to_row) {
     const Floats a = load(rows[0] + at).v, b = load(rows[1] + at).v, c = load(rows[2] + at).v, d = load(rows[3] + at).v;
-    for (int j = 0; j < block; ++j) Vec{Floats{a[j], b[j], c[j], d[j]}}.store(to + j * to_row);
+    const Floats ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Floats ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    Vec{__builtin_shufflevector(ab, cd, 0, 1, 4, 5)}.store(to);
+    Vec{__builtin_shufflevector(ab, cd, 2, 3, 6, 7)}.store(to + to_row);
+    Vec{__builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5)}.store(to + 2 * to_row);
+    Vec{__builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)}.store(to + 3 * to_row);
   }
 };
 
@@ -159,7 +183,11 @@ static XT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 static XT_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 static XT_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 static XT_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+#ifdef __aarch64__
+static XT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+#else
 static XT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+#endif
 // a > b ? x : y; false where a or b is NaN.
 static XT_INLINE Vec select_gt(Vec a, Vec b, Vec x, Vec y) {
   const Vec::Ints m = (Vec::Ints)(a.v > b.v);
