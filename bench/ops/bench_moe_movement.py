@@ -3,22 +3,30 @@ a copy of as many bytes.
 
 Rates count the bytes that must be read and written at least once. `copy_` reads and writes half of them each. Shapes
 come in two sizes: expert rows of 64 MiB and more, beyond the last-level cache, and of 4 MiB, inside it.
+
+Beyond the cache, and with one thread in it, permute stands beside filling its output from a register, on the same
+memory and threads: no permute writes faster. From that come our and index_select's share of the ceiling beyond the
+cache, and the most that any permute could win.
 """
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from store_peak import store_calls
 from timing import Report
 
 from xtuner import _C, ops
 
 ROUTES = [(tokens, k, e) for tokens in (4096, 16384, 65536) for k, e in ((4, 8), (8, 64), (8, 256))]
 MIB = 1 << 20
+LARGE = 64 * MIB
 DTYPES = (torch.float32, torch.bfloat16)
+STORED = ("ours", "index_select", "plain stores", "streaming stores")
 
 
 class Rows(NamedTuple):
@@ -32,13 +40,16 @@ class Rows(NamedTuple):
     def of_size(cls, size: int, k: int, hidden: int, dtype: torch.dtype) -> Rows:
         return cls(size // (k * hidden * dtype.itemsize), k, 64, hidden, dtype)
 
+    def is_large(self) -> bool:
+        return self.tokens * self.k * self.hidden * self.dtype.itemsize > LARGE // 2
+
     def __str__(self) -> str:
         return f"T{self.tokens} K{self.k} H{self.hidden} {'bf16' if self.dtype == torch.bfloat16 else 'f32'}"
 
 
 def row_shapes(threads: int) -> list[Rows]:
     hidden = (512, 2048, 4096, 7168) if threads > 1 else (2048,)
-    large = [Rows.of_size(64 * MIB, 8, h, dtype) for h in hidden for dtype in DTYPES]
+    large = [Rows.of_size(LARGE, 8, h, dtype) for h in hidden for dtype in DTYPES]
     large.append(Rows.of_size(128 * MIB, 2, 4096, torch.bfloat16))  # tokens beyond the cache too
     return large + [Rows.of_size(4 * MIB, 8, h, dtype) for h in hidden[:2] for dtype in DTYPES]
 
@@ -77,6 +88,10 @@ def bench_rows(report: Report, s: Rows) -> None:
     copy = copy_of(size * (1 + s.k))
     calls = {"ours": partial(_C.permute, x, row_of, src, out_y, threads), "copy_": copy}
     calls["index_select"] = partial(torch.index_select, x, 0, token_of_row, out=out_y)
+    if s.is_large():
+        calls |= store_calls(out_y, threads)
+    elif threads == 1:  # another thread starts as slowly as this stores; streaming would take the cache from us
+        calls["plain stores"] = store_calls(out_y, threads)["plain stores"]
     report.case("permute into out", str(s), 1e-9 * size * (1 + s.k), calls)
     calls = {"ours": partial(ops.permute, x, row_of, src), "index_select": partial(x.index_select, 0, token_of_row)}
     report.case("permute", str(s), 1e-9 * size * (1 + s.k), calls)
@@ -118,6 +133,31 @@ def bench_swiglu(report: Report, rows: int, width: int, dtype) -> None:
     report.case(f"swiglu backward {name}", shape, 5 * size, calls)
 
 
+def store_ceilings(report: Report) -> dict[str, dict[str, float]]:
+    """Of the permutes beyond the cache, per number of threads: bandwidths, shares of the ceiling, the most to win."""
+    summary, sizes = {}, {}
+    for threads in report.args.threads:
+        sizes |= {str(s): s.tokens * s.k * s.hidden * s.dtype.itemsize for s in row_shapes(threads) if s.is_large()}
+        filled = [r for r in report.rows if "plain stores" in r["wall_us"]]
+        rows = [r for r in filled if r["threads"] == threads and r["shape"] in sizes]
+        cases = [r["wall_us"] | {"bytes": sizes[r["shape"]]} for r in rows]
+        if not cases:
+            continue
+
+        def mean(value, cases=cases) -> float:
+            return statistics.geometric_mean(value(c) for c in cases)
+
+        def ceiling(c) -> float:
+            return min(c["plain stores"], c["streaming stores"])
+
+        figures = {f"{n} GB/s": mean(lambda c, n=n: 1e-3 * c["bytes"] / c[n]) for n in STORED}
+        figures |= {f"{n} share of ceiling": mean(lambda c, n=n: ceiling(c) / c[n]) for n in ("ours", "index_select")}
+        figures["most over index_select"] = mean(lambda c: c["index_select"] / ceiling(c))
+        summary[f"{threads} threads"] = {k: round(v, 3) for k, v in figures.items()}
+        print(f"permute, stores of {threads} threads: " + ", ".join(f"{v:.2f} {k}" for k, v in figures.items()))
+    return summary
+
+
 def main() -> None:
     report = Report("MoE data movement", "GB/s")
     _C.keep_freed_memory()  # as in training: outputs are not made of fresh pages each time
@@ -131,6 +171,7 @@ def main() -> None:
         for dtype in DTYPES:
             bench_swiglu(report, 8192, 256, dtype)
             bench_swiglu(report, 4096, 512, dtype)
+    report.extra = {"store_ceilings": store_ceilings(report)}
     report.finish()
 
 

@@ -171,7 +171,8 @@ struct Vec {
   static XT_INLINE void transpose(const T* const* rows, int64_t at, float* to, int64_t to_row) {
     const Floats a = load(rows[0] + at).v, b = load(rows[1] + at).v, c = load(rows[2] + at).v, d = load(rows[3] + at).v;
     const Floats ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-    const Floats ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    const Floats ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Floats cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
     Vec{__builtin_shufflevector(ab, cd, 0, 1, 4, 5)}.store(to);
     Vec{__builtin_shufflevector(ab, cd, 2, 3, 6, 7)}.store(to + to_row);
     Vec{__builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5)}.store(to + 2 * to_row);
