@@ -1,4 +1,4 @@
-"""RMSNorm and rotary, forward with backward, against transformers' formulas in plain torch operators.
+"""RMSNorm, rotary and both in one, forward with backward, against transformers' formulas in plain torch operators.
 
 Rates count the bytes that must be read and written at least once.
 """
@@ -24,6 +24,14 @@ def formula_rotary(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
     wide_cos, wide_sin = (torch.cat([t, t], -1)[:, None] for t in (cos, sin))
     return x * wide_cos + torch.cat([-second, first], -1) * wide_sin
+
+
+def formula_both(x, weight, cos, sin, eps):
+    return formula_rotary(formula_norm(x, weight, eps), cos, sin)
+
+
+def two_operators(x, weight, cos, sin, eps):
+    return ops.rotary(ops.rms_norm(x, weight, eps), cos, sin)
 
 
 def step(function, x, *others):
@@ -54,6 +62,14 @@ def main() -> None:
                 moved = 4e-9 * x.numel() * x.element_size()
                 calls = {f: step(g, x, *tables) for f, g in (("ours", ops.rotary), ("formula", formula_rotary))}
                 report.case(f"rotary {name}", "T{} H{} D{}".format(*shape), moved, calls)
+                weight = torch.ones(shape[-1], dtype=dtype, requires_grad=True)
+                calls = {
+                    "ours": step(ops.rms_norm_rotary, x, weight, *tables, 1e-6),
+                    "two": step(two_operators, x, weight, *tables, 1e-6),
+                    "formula": step(formula_both, x, weight, *tables, 1e-6),
+                }
+                moved = 5e-9 * x.numel() * x.element_size()
+                report.case(f"rms_norm_rotary {name}", "T{} H{} D{}".format(*shape), moved, calls)
     report.finish()
 
 

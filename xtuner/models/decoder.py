@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         # Only rows that are learned go through the head; in fine-tuning most are not.
         rows = loss_weights.nonzero()[:, 0]
         loss_sum = ops.linear_cross_entropy(
-            self.norm(x_TD[rows]), self._head_weight(), labels[rows], loss_weights[rows]
+            self.norm(x_TD.index_select(0, rows)), self._head_weight(), labels[rows], loss_weights[rows]
         )
         return ModelOutput(None, loss_sum, stats)
 

@@ -19,6 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         As x.
     """
+    if x.dim() == 2:
+        return torch.ops.xtuner.rms_norm(x, weight, eps)[0]
     return torch.ops.xtuner.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)[0].view(x.shape)
 
 
