@@ -286,6 +286,37 @@ def quantize_rowcol(
 ) -> None:
     """As quantize_1x128, and qt[H,P] with scale_t f32[P/128,H]: transposed, every expert padded to 128 columns."""
 
+def permute_quantize_rowcol(
+    x: Tensor,
+    src: Tensor,
+    num_experts_per_tok: int,
+    offsets: Tensor,
+    power_of_two: bool,
+    eps: float,
+    q: Tensor,
+    scale: Tensor,
+    qt: Tensor,
+    scale_t: Tensor,
+    num_threads: int,
+) -> None:
+    """quantize_rowcol of the rows that permute gathers from x[T,H] by src i32[R]."""
+
+def swiglu_quantize_rowcol(
+    x: Tensor,
+    offsets: Tensor,
+    alpha: float,
+    limit: float | None,
+    up_offset: float,
+    power_of_two: bool,
+    eps: float,
+    q: Tensor,
+    scale: Tensor,
+    qt: Tensor,
+    scale_t: Tensor,
+    num_threads: int,
+) -> None:
+    """quantize_rowcol of swiglu(x[R,2H])."""
+
 def dequantize(q: Tensor, scale: Tensor, out: Tensor, num_threads: int) -> None:
     """out = q * scale for q[R,H] with row scales or q[E,N,K] with block scales."""
 

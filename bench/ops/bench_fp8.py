@@ -44,6 +44,35 @@ def bench_quantize(report: Report, rows: int, columns: int, dtype) -> None:
         report.case(f"{op} {name}", shape, 1e-9 * moved, {"ours": ours, "copy": partial(target.copy_, source)})
 
 
+def bench_fused(report: Report, tokens: int, columns: int, dtype) -> None:
+    """Quantizing on the way against one op after the other; bytes are those that the fused op moves."""
+    threads, name = torch.get_num_threads(), str(dtype).removeprefix("torch.")
+    x, gates = torch.randn(tokens, columns).to(dtype), torch.randn(4 * tokens, 2 * columns).to(dtype)
+    row_of, src = ops.route_map(torch.randint(8, (tokens, 4)), 8)[2:]
+    offsets = ops.route_map(torch.randint(8, (4 * tokens, 1)), 8)[1]
+    rows = torch.empty(4 * tokens, columns, dtype=dtype)
+    outputs, rule = ops.quantize_rowcol(rows.zero_(), offsets), (False, 1e-12)
+
+    def permute_then():
+        _C.permute(x, row_of, src, rows, threads)
+        _C.quantize_rowcol(rows, offsets, *rule, *outputs, threads)
+
+    def swiglu_then():
+        _C.swiglu(gates, offsets, 1.0, None, 0.0, rows, threads)
+        _C.quantize_rowcol(rows, offsets, *rule, *outputs, threads)
+
+    permuted = partial(_C.permute_quantize_rowcol, x, src, 4, offsets, *rule, *outputs, threads)
+    gated = partial(_C.swiglu_quantize_rowcol, gates, offsets, 1.0, None, 0.0, *rule, *outputs, threads)
+    codes, size = 2 * rows.numel(), x.element_size()
+    cases = {
+        "permute_quantize_rowcol": (permuted, permute_then, codes + rows.numel() * size),
+        "swiglu_quantize_rowcol": (gated, swiglu_then, codes + gates.numel() * size),
+    }
+    for op, (ours, pair, moved) in cases.items():
+        calls = {"ours": ours, "one after the other": pair}
+        report.case(f"{op} {name}", f"T{tokens} K4 H{columns}", 1e-9 * moved, calls)
+
+
 def widened(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """In plain torch: one row scale per 128 columns."""
     return (q.float().unflatten(1, (-1, 128)) * scale[:, : q.shape[0]].t().unsqueeze(2)).flatten(1)
@@ -105,6 +134,8 @@ def main() -> None:
         for rows, columns in QUANTIZED:
             for dtype in (torch.float32, torch.bfloat16):
                 bench_quantize(report, rows, columns, dtype)
+        for dtype in (torch.float32, torch.bfloat16):
+            bench_fused(report, 2048, 2048, dtype)
         for shape in PRODUCTS:
             bench_products(report, *shape)
     report.finish()

@@ -55,6 +55,12 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
                       int num_threads);
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, int num_threads);
+void permute_quantize_rowcol(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& offsets,
+                             QuantizeParams params, const Tensor& q, const Tensor& scale, const Tensor& qt,
+                             const Tensor& scale_t, int num_threads);
+void swiglu_quantize_rowcol(const Tensor& x, const Tensor& offsets, const SwigluParams& swiglu, QuantizeParams params,
+                            const Tensor& q, const Tensor& scale, const Tensor& qt, const Tensor& scale_t,
+                            int num_threads);
 void gemm_m_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,
                         const Tensor& offsets, const Tensor& out, int num_threads);
 void gemm_k_grouped_fp8(const Tensor& a, const Tensor& scale_a, const Tensor& b, const Tensor& scale_b,

@@ -4,6 +4,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/gemm.h"
+#include "xtuner/ops/swiglu.h"
 #include "xtuner/tensor.h"
 
 namespace xt::cpu {
@@ -11,6 +12,7 @@ namespace xt::cpu {
 struct SwigluRows {
   DType dtype;
   int64_t width;  // I
+  int64_t row, up;  // forward: elements from one row of x to the next, and from a row's gates to its ups
   const void* x;  // [rows, 2I]
   const void* dout;  // [rows, I]; backward only
   void* out;  // forward [rows, I], backward dx [rows, 2I]
@@ -18,6 +20,8 @@ struct SwigluRows {
   float limit;  // +inf: none
   float up_offset;
 };
+
+SwigluRows swiglu_rows_of(const Tensor& x, const SwigluParams& params);  // all but dout and out
 
 struct RmsNormRows {
   DType dtype;
@@ -108,7 +112,8 @@ struct QuantizeTile {
   DType from, to;
   ScaleRule rule;
   int64_t num_rows;
-  int64_t row;  // elements from one row of x, and of q, to the next
+  int64_t row;  // elements from one row of q to the next
+  int64_t x_row;  // likewise of x
   const void* x;
   const void* later;  // the x of a tile soon to come, or null
   void* q;

@@ -4,6 +4,7 @@
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace xt::cpu {
 namespace {
@@ -62,6 +63,62 @@ void for_each_tile(int num_threads, int64_t num_rows, int64_t num_cols, Body&& b
   });
 }
 
+// Where a tile of numbers is, from one of its rows to the next, and where those of a tile soon to come are (or null).
+struct Numbers {
+  const void* at;
+  int64_t row;
+  const void* later;
+  int64_t skip = 0;  // elements, from `at` on
+};
+
+// Numbers that are made on the way: fill(rows, first column, width, strip) makes those of all tiles of a task at once, which
+// keeps to long stretches of memory; they stay in this thread's L2.
+template <class Fill>
+struct Strips {
+  const Fill& fill;
+  int64_t hidden;
+
+  Numbers operator()(const RowBlock& b, int64_t col, const RowBlock&, int64_t) const {
+    const int64_t first = col / tiles_per_task * tiles_per_task;
+    const int64_t width = std::min(tiles_per_task * block, hidden - first * block);
+    float* strip = thread_scratch(block * tiles_per_task * block);
+    if (col == first) fill(b, first * block, width, strip);
+    return {strip, width, nullptr, (col - first) * block};
+  }
+};
+template <class Fill>
+Strips(const Fill&, int64_t) -> Strips<Fill>;
+
+// The outputs of quantize_rowcol and its kin.
+struct RowCol {
+  const Tensor &q, &scale, &qt, &scale_t;
+};
+
+// numbers(rows, block of columns, and of a later tile) -> Numbers of dtype `from`.
+template <class Source>
+void quantize_rowcol_of(const char* op, DType from, const Tensor& offsets, QuantizeParams params, const RowCol& out,
+                        int num_threads, const Source& numbers) {
+  const int64_t rows = out.q.shape[0], hidden = out.q.shape[1], used = used_rows(op, offsets, rows);
+  const std::vector<RowBlock> blocks = row_blocks(offsets);
+  const int64_t num_blocks = static_cast<int64_t>(blocks.size()), padded = num_blocks * block;
+  const Kernels& isa = kernels();
+  const bool stream = worth_streaming(out.q) && worth_streaming(out.qt);
+  for_each_tile(num_threads, num_blocks, hidden / block, [&](Tile t, Tile later) {
+    const RowBlock& b = blocks[t.row];
+    const Numbers x = numbers(b, t.col, blocks[later.row], later.col);
+    isa.quantize_tile({from, out.q.dtype, rule_of(params), b.count, hidden, x.row,
+                       static_cast<const char*>(x.at) + x.skip * size_of(from), x.later,
+                       address(out.q, b.first * hidden + t.col * block),
+                       address(out.qt, t.col * block * out.qt.shape[1] + b.padded), out.qt.shape[1],
+                       out.scale.ptr<float>() + t.col * out.scale.shape[1] + b.first,
+                       out.scale_t.ptr<float>() + t.row * hidden + t.col * block, stream});
+  });
+  zero_rows(out.q, used, rows, num_threads);
+  zero_columns(out.scale, used, num_threads);
+  zero_columns(out.qt, padded, num_threads);
+  zero_rows(out.scale_t, num_blocks, out.scale_t.shape[0], num_threads);
+}
+
 }  // namespace
 
 void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
@@ -85,7 +142,7 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
   const auto first = [&](Tile t) { return (t.row * num_k + t.col) * block; };
   for_each_tile(num_threads, w.shape[0] * row_blocks, num_k / block, [&](Tile t, Tile later) {
     const int64_t turned = t.row / row_blocks * num_n * num_k + t.col * block * num_n + t.row % row_blocks * block;
-    isa.quantize_tile({w.dtype, q.dtype, rule_of(params), block, num_k, address(w, first(t)), address(w, first(later)),
+    isa.quantize_tile({w.dtype, q.dtype, rule_of(params), block, num_k, num_k, address(w, first(t)), address(w, first(later)),
                        address(q, first(t)), address(qt, turned), num_n,
                        scale.ptr<float>() + t.row * (num_k / block) + t.col, nullptr, stream});
   });
@@ -93,24 +150,59 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
 
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, int num_threads) {
-  const int64_t rows = x.shape[0], hidden = x.shape[1], used = used_rows("quantize_rowcol", offsets, rows);
-  const std::vector<RowBlock> blocks = row_blocks(offsets);
-  const int64_t num_blocks = static_cast<int64_t>(blocks.size()), padded = num_blocks * block;
+  const int64_t hidden = x.shape[1];
+  const auto numbers = [&](const RowBlock& b, int64_t col) { return address(x, b.first * hidden + col * block); };
+  quantize_rowcol_of("quantize_rowcol", x.dtype, offsets, params, {q, scale, qt, scale_t}, num_threads,
+                     [&](const RowBlock& b, int64_t col, const RowBlock& later, int64_t later_col) {
+                       return Numbers{numbers(b, col), hidden, numbers(later, later_col)};
+                     });
+}
+
+void permute_quantize_rowcol(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& offsets,
+                             QuantizeParams params, const Tensor& q, const Tensor& scale, const Tensor& qt,
+                             const Tensor& scale_t, int num_threads) {
+  const char* op = "permute_quantize_rowcol";
+  const int64_t hidden = x.shape[1];
+  const int32_t* from = src.ptr<int32_t>();
+  check_gather(op, {&src, num_experts_per_tok}, used_rows(op, offsets, src.shape[0]), x.shape[0]);
+  const int64_t bytes = block * size_of(x.dtype);
+  // Tile by tile, not in strips: what is copied stays in L1.
+  const auto gather = [&](const RowBlock& b, int64_t col, const RowBlock& later, int64_t later_col) {
+    char* tile = reinterpret_cast<char*>(thread_scratch(block * block));
+    const auto at = [&](int64_t choice, int64_t c) {
+      return address(x, choice / num_experts_per_tok * hidden + c * block);
+    };
+    for (int64_t i = 0; i < b.count; ++i) {
+      const int64_t choice = from[b.first + i];
+      if (choice < 0) {
+        std::memset(tile + i * bytes, 0, static_cast<size_t>(bytes));
+      } else {
+        std::memcpy(tile + i * bytes, at(choice, col), static_cast<size_t>(bytes));
+      }
+      if (i >= later.count || from[later.first + i] < 0) continue;
+      const char* soon = at(from[later.first + i], later_col);
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(soon + line, 0, 2);
+    }
+    return Numbers{tile, block, nullptr};
+  };
+  quantize_rowcol_of(op, x.dtype, offsets, params, {q, scale, qt, scale_t}, num_threads, gather);
+}
+
+void swiglu_quantize_rowcol(const Tensor& x, const Tensor& offsets, const SwigluParams& swiglu, QuantizeParams params,
+                            const Tensor& q, const Tensor& scale, const Tensor& qt, const Tensor& scale_t,
+                            int num_threads) {
+  const int64_t hidden = x.shape[1] / 2;
   const Kernels& isa = kernels();
-  const bool stream = worth_streaming(q) && worth_streaming(qt);
-  const auto first = [&](Tile t) { return blocks[t.row].first * hidden + t.col * block; };
-  for_each_tile(num_threads, num_blocks, hidden / block, [&](Tile t, Tile later) {
-    const RowBlock& b = blocks[t.row];
-    isa.quantize_tile({x.dtype, q.dtype, rule_of(params), b.count, hidden, address(x, first(t)),
-                       address(x, first(later)), address(q, first(t)),
-                       address(qt, t.col * block * qt.shape[1] + b.padded), qt.shape[1],
-                       scale.ptr<float>() + t.col * scale.shape[1] + b.first,
-                       scale_t.ptr<float>() + t.row * hidden + t.col * block, stream});
-  });
-  zero_rows(q, used, rows, num_threads);
-  zero_columns(scale, used, num_threads);
-  zero_columns(qt, padded, num_threads);
-  zero_rows(scale_t, num_blocks, scale_t.shape[0], num_threads);
+  const auto fill = [&](const RowBlock& b, int64_t col, int64_t width, void* strip) {
+    SwigluRows a = swiglu_rows_of(x, swiglu);
+    a.width = width;
+    a.up = hidden;
+    a.x = address(x, b.first * 2 * hidden + col);
+    a.out = strip;
+    isa.swiglu(a, 0, b.count);
+  };
+  quantize_rowcol_of("swiglu_quantize_rowcol", x.dtype, offsets, params, {q, scale, qt, scale_t}, num_threads,
+                     Strips{fill, hidden});
 }
 
 void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, int num_threads) {

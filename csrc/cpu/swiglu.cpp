@@ -5,12 +5,13 @@
 #include "cpu/rows.h"
 
 namespace xt::cpu {
-namespace {
 
-SwigluRows common(const Tensor& x, const SwigluParams& params) {
+SwigluRows swiglu_rows_of(const Tensor& x, const SwigluParams& params) {
   SwigluRows a = {};
   a.dtype = x.dtype;
   a.width = x.shape[1] / 2;
+  a.row = x.shape[1];
+  a.up = a.width;
   a.x = x.data;
   a.alpha = static_cast<float>(params.alpha);
   a.limit = static_cast<float>(params.limit.value_or(std::numeric_limits<double>::infinity()));
@@ -18,11 +19,9 @@ SwigluRows common(const Tensor& x, const SwigluParams& params) {
   return a;
 }
 
-}  // namespace
-
 void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, const Tensor& out, int num_threads) {
   const int64_t rows = x.shape[0], used = offsets ? used_rows("swiglu", *offsets, rows) : rows;
-  SwigluRows a = common(x, params);
+  SwigluRows a = swiglu_rows_of(x, params);
   a.out = out.data;
   const Kernels& isa = kernels();
   parallel_ranges(num_threads, used, rows_per_task(row_bytes(x)),
@@ -33,7 +32,7 @@ void swiglu(const Tensor& x, const Tensor* offsets, const SwigluParams& params, 
 void swiglu_bwd(const Tensor& dout, const Tensor& x, const Tensor* offsets, const SwigluParams& params,
                 const Tensor& dx, int num_threads) {
   const int64_t rows = x.shape[0], used = offsets ? used_rows("swiglu_bwd", *offsets, rows) : rows;
-  SwigluRows a = common(x, params);
+  SwigluRows a = swiglu_rows_of(x, params);
   a.dout = dout.data;
   a.out = dx.data;
   const Kernels& isa = kernels();

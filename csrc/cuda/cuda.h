@@ -39,6 +39,12 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
                       Stream stream);
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream);
+void permute_quantize_rowcol(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& offsets,
+                             QuantizeParams params, const Tensor& q, const Tensor& scale, const Tensor& qt,
+                             const Tensor& scale_t, Stream stream);
+void swiglu_quantize_rowcol(const Tensor& x, const Tensor& offsets, const SwigluParams& swiglu, QuantizeParams params,
+                            const Tensor& q, const Tensor& scale, const Tensor& qt, const Tensor& scale_t,
+                            Stream stream);
 void dequantize(const Tensor& q, const Tensor& scale, const Tensor& out, Stream stream);
 
 int64_t ep_prepare_workspace_size(int64_t num_choices, int64_t num_experts);

@@ -2,6 +2,7 @@
 // codes around in shared memory.
 #include "cuda/cuda.h"
 #include "cuda/fp8.h"
+#include "cuda/gemm.h"
 
 namespace xt::cuda {
 namespace {
@@ -215,10 +216,52 @@ __device__ void quantize_tile_columns(const uint4* bits, int count, const float*
   }
 }
 
+// Sources of the numbers: unit `unit` (16 bytes) of a row of what is quantized, which is found at `place`; none: zeros.
+constexpr int64_t nowhere = -1;
+
+template <class T>
+struct PlainRows {
+  const uint4* x;
+  int64_t units;
+
+  __device__ int64_t place(int64_t row) const { return row; }
+  __device__ uint4 load(int64_t place, int64_t unit) const { return __ldg(x + place * units + unit); }
+};
+
+template <class T>
+struct GatheredRows {
+  const uint4* x;
+  int64_t units;
+  RowMap map;
+  uint64_t* fault;
+
+  __device__ int64_t place(int64_t row) const { return map.line(row, fault); }
+  __device__ uint4 load(int64_t place, int64_t unit) const { return __ldg(x + place * units + unit); }
+};
+
+template <class T>
+struct ActivatedRows {
+  const uint4* x;
+  int64_t units;  // of a row of gates
+  Swiglu f;
+
+  __device__ int64_t place(int64_t row) const { return row; }
+  __device__ uint4 load(int64_t place, int64_t unit) const {
+    constexpr int N = wide<T>;
+    const uint4 *gates = x + place * 2 * units + unit, gate = __ldg(gates), up = __ldg(gates + units);
+    float g[N], u[N];
+    Access<T, N>::widen(gate, g);
+    Access<T, N>::widen(up, u);
+#pragma unroll
+    for (int n = 0; n < N; ++n) g[n] = f.forward(g[n], u[n]);
+    return Access<T, N>::narrow(g);
+  }
+};
+
 // A block of threads takes some tiles of one block of rows; and it zeroes as much of what lies past the last row.
-template <class T, class F>
+template <class T, class F, class Source>
 __global__ void __launch_bounds__(TileThreads<T>::threads, TileThreads<T>::min_blocks)
-    quantize_rowcol_kernel(const uint4* __restrict__ x, Experts experts, UsedRows used_rows, ScaleRule rule,
+    quantize_rowcol_kernel(Source x, Experts experts, UsedRows used_rows, ScaleRule rule,
                            RowCol<wide<T>> out, int parts, uint64_t* fault) {
   constexpr int N = wide<T>, lanes = TileThreads<T>::lanes, warps = TileThreads<T>::threads / warp_size;
   __shared__ uint32_t largest[warps][fp8_block];
@@ -229,14 +272,19 @@ __global__ void __launch_bounds__(TileThreads<T>::threads, TileThreads<T>::min_b
   const int end = min((part + 1) * tiles_per_block, static_cast<int>(out.hidden / fp8_block));
   const int64_t used = used_rows.get(fault);
   const RowBlock block = experts.block(index, used, fault);
+  int64_t places[per_thread];
+#pragma unroll
+  for (int j = 0; j < per_thread; ++j) {
+    const int row = t.row + j * rows_at_once;
+    places[j] = row < block.count ? x.place(block.first + row) : nowhere;
+  }
   for (int col = part * tiles_per_block; col < end; ++col) {
     zero_tail<T>(out, used + int64_t{index} * fp8_block, col, t);
     if (index >= out.blocks_t) continue;
     uint4 bits[per_thread] = {};
-    const uint4* in = x + (block.first + t.row) * out.units + col * lanes + t.unit;
 #pragma unroll
     for (int j = 0; j < per_thread; ++j) {
-      if (t.row + j * rows_at_once < block.count) bits[j] = __ldg(in + j * rows_at_once * out.units);
+      if (places[j] != nowhere) bits[j] = x.load(places[j], col * lanes + t.unit);
     }
     uint32_t columns[N] = {};
     quantize_tile_rows<T, F>(bits, block, rule, out, col, t, columns);
@@ -261,6 +309,34 @@ __global__ void __launch_bounds__(TileThreads<T>::threads, TileThreads<T>::min_b
   }
 }
 
+// source(T{}) makes the source of the numbers, of type T.
+template <class MakeSource>
+void rowcol(const char* op, DType from, const Tensor& offsets, QuantizeParams params, const Tensor& q,
+            const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream, const MakeSource& source) {
+  const OnDevice guard(op, q);
+  const int64_t rows = q.shape[0], hidden = q.shape[1], blocks_t = scale_t.shape[0];
+  const int64_t parts = (hidden / fp8_block + tiles_per_block - 1) / tiles_per_block;
+  const int64_t blocks = std::max(blocks_t, (rows + fp8_block - 1) / fp8_block);
+  with_formats(from, q.dtype, [&](auto element, auto format) {
+    using T = decltype(element);
+    using F = decltype(format);
+    const RowCol<wide<T>> out = {q.ptr<typename Codes<wide<T>>::Bits>(),
+                                 scale.ptr<float>(),
+                                 qt.ptr<uint4>(),
+                                 scale_t.ptr<float>(),
+                                 rows,
+                                 scale.shape[1],
+                                 hidden / wide<T>,
+                                 hidden,
+                                 qt.shape[1] / 16,
+                                 static_cast<int>(blocks_t)};
+    const Experts experts = {offsets.ptr<int64_t>(), static_cast<int>(offsets.shape[0] - 1)};
+    const auto x = source(T{});
+    launch(op, stream, blocks * parts, TileThreads<T>::threads, quantize_rowcol_kernel<T, F, std::decay_t<decltype(x)>>, x,
+           experts, UsedRows(&offsets, rows), ScaleRule(params), out, parts, stream.fault);
+  });
+}
+
 }  // namespace
 
 void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, const Tensor& qt, const Tensor& scale,
@@ -277,26 +353,28 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
 
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream) {
-  const OnDevice guard("quantize_rowcol", x);
-  const int64_t rows = x.shape[0], hidden = x.shape[1], blocks_t = scale_t.shape[0];
-  const int64_t parts = (hidden / fp8_block + tiles_per_block - 1) / tiles_per_block;
-  const int64_t blocks = std::max(blocks_t, (rows + fp8_block - 1) / fp8_block);
-  with_formats(x.dtype, q.dtype, [&](auto element, auto format) {
+  rowcol("quantize_rowcol", x.dtype, offsets, params, q, scale, qt, scale_t, stream, [&](auto element) {
     using T = decltype(element);
-    using F = decltype(format);
-    const RowCol<wide<T>> out = {q.ptr<typename Codes<wide<T>>::Bits>(),
-                                 scale.ptr<float>(),
-                                 qt.ptr<uint4>(),
-                                 scale_t.ptr<float>(),
-                                 rows,
-                                 scale.shape[1],
-                                 hidden / wide<T>,
-                                 hidden,
-                                 qt.shape[1] / 16,
-                                 static_cast<int>(blocks_t)};
-    const Experts experts = {offsets.ptr<int64_t>(), static_cast<int>(offsets.shape[0] - 1)};
-    launch("quantize_rowcol", stream, blocks * parts, TileThreads<T>::threads, quantize_rowcol_kernel<T, F>,
-           x.ptr<uint4>(), experts, UsedRows(&offsets, rows), ScaleRule(params), out, parts, stream.fault);
+    return PlainRows<T>{x.ptr<uint4>(), x.shape[1] / wide<T>};
+  });
+}
+
+void permute_quantize_rowcol(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& offsets,
+                             QuantizeParams params, const Tensor& q, const Tensor& scale, const Tensor& qt,
+                             const Tensor& scale_t, Stream stream) {
+  rowcol("permute_quantize_rowcol", x.dtype, offsets, params, q, scale, qt, scale_t, stream, [&](auto element) {
+    using T = decltype(element);
+    return GatheredRows<T>{x.ptr<uint4>(), x.shape[1] / wide<T>, RowMap::of({&src, num_experts_per_tok}, x.shape[0]),
+                           stream.fault};
+  });
+}
+
+void swiglu_quantize_rowcol(const Tensor& x, const Tensor& offsets, const SwigluParams& swiglu, QuantizeParams params,
+                            const Tensor& q, const Tensor& scale, const Tensor& qt, const Tensor& scale_t,
+                            Stream stream) {
+  rowcol("swiglu_quantize_rowcol", x.dtype, offsets, params, q, scale, qt, scale_t, stream, [&](auto element) {
+    using T = decltype(element);
+    return ActivatedRows<T>{x.ptr<uint4>(), q.shape[1] / wide<T>, Swiglu(swiglu)};
   });
 }
 

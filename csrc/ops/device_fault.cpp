@@ -22,7 +22,7 @@ std::string describe_fault(uint64_t word) {
       return "unpermute_bwd: src and row_of must be each other's inverse, but differ at index " + index;
     case Fault::offsets: return "offsets[E] must be in [0, R], got " + index;
     case Fault::offsets_order: return "offsets must ascend from 0, but those of expert " + index + " do not";
-    case Fault::gemm_src: return "grouped product: src[" + index + "] must be -1 or a choice of one of the tokens";
+    case Fault::gemm_src: return "src[" + index + "] must be -1 or a choice of one of the tokens";
     case Fault::ep_timeout: return other_rank(value) + " did not come within the group's timeout_s";
     case Fault::ep_gave_up: return other_rank(value) + " had given up";
     case Fault::ep_order:

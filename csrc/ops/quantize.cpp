@@ -11,6 +11,20 @@ void check_params(const ArgChecker& check, QuantizeParams params) {
   check.require(params.eps >= 1e-30 && params.eps <= 1, "eps must be in [1e-30, 1], got ", params.eps);
 }
 
+// The arguments of quantize_rowcol and its kin but x; rows [R, H] are what is quantized.
+void check_rowcol(ArgChecker& check, int64_t r, int64_t h, const Tensor& offsets, QuantizeParams params, const Tensor& q,
+                  const Tensor& scale, const Tensor& qt, const Tensor& scale_t) {
+  check.fp8_dim("H", h);
+  check.tensor("offsets", offsets, {DType::i64}, {{"E+1"}});
+  check.require(offsets.shape[0] >= 1, "offsets must hold E+1 values, got none");
+  check_params(check, params);
+  const int64_t p = padded_rows(r, offsets.shape[0] - 1);
+  check.tensor("q", q, fp8_dtypes, {{"R", r}, {"H", h}});
+  check.tensor("scale", scale, {DType::f32}, {{"H/128", h / 128}, {"ld", row_scale_ld(r)}});
+  check.tensor("qt", qt, {q.dtype}, {{"H", h}, {"P", p}});
+  check.tensor("scale_t", scale_t, {DType::f32}, {{"P/128", p / 128}, {"H", h}});
+}
+
 }  // namespace
 
 void quantize_1x128(const Tensor& x, const Tensor* offsets, QuantizeParams params, const Tensor& q, const Tensor& scale,
@@ -60,20 +74,49 @@ void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams para
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream) {
   ArgChecker check("quantize_rowcol");
   check.tensor("x", x, data_dtypes, {{"R"}, {"H"}});
-  const int64_t r = x.shape[0], h = x.shape[1];
-  check.fp8_dim("H", h);
-  check.tensor("offsets", offsets, {DType::i64}, {{"E+1"}});
-  check.require(offsets.shape[0] >= 1, "offsets must hold E+1 values, got none");
-  check_params(check, params);
-  const int64_t p = padded_rows(r, offsets.shape[0] - 1);
-  check.tensor("q", q, fp8_dtypes, {{"R", r}, {"H", h}});
-  check.tensor("scale", scale, {DType::f32}, {{"H/128", h / 128}, {"ld", row_scale_ld(r)}});
-  check.tensor("qt", qt, {q.dtype}, {{"H", h}, {"P", p}});
-  check.tensor("scale_t", scale_t, {DType::f32}, {{"P/128", p / 128}, {"H", h}});
+  check_rowcol(check, x.shape[0], x.shape[1], offsets, params, q, scale, qt, scale_t);
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::quantize_rowcol(x, offsets, params, q, scale, qt, scale_t, stream.num_threads);
 #ifdef XT_CUDA
     case DeviceType::cuda: return cuda::quantize_rowcol(x, offsets, params, q, scale, qt, scale_t, stream);
+#endif
+    default: check.no_kernel();
+  }
+}
+
+void permute_quantize_rowcol(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& offsets,
+                             QuantizeParams params, const Tensor& q, const Tensor& scale, const Tensor& qt,
+                             const Tensor& scale_t, Stream stream) {
+  ArgChecker check("permute_quantize_rowcol");
+  check.tensor("x", x, data_dtypes, {{"T"}, {"H"}});
+  check.tensor("src", src, {DType::i32}, {{"R"}});
+  check.require(num_experts_per_tok >= 1, "num_experts_per_tok must be at least 1, got ", num_experts_per_tok);
+  check_rowcol(check, src.shape[0], x.shape[1], offsets, params, q, scale, qt, scale_t);
+  switch (check.device().type) {
+    case DeviceType::cpu:
+      return cpu::permute_quantize_rowcol(x, src, num_experts_per_tok, offsets, params, q, scale, qt, scale_t,
+                                          stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda:
+      return cuda::permute_quantize_rowcol(x, src, num_experts_per_tok, offsets, params, q, scale, qt, scale_t, stream);
+#endif
+    default: check.no_kernel();
+  }
+}
+
+void swiglu_quantize_rowcol(const Tensor& x, const Tensor& offsets, const SwigluParams& swiglu, QuantizeParams params,
+                            const Tensor& q, const Tensor& scale, const Tensor& qt, const Tensor& scale_t,
+                            Stream stream) {
+  ArgChecker check("swiglu_quantize_rowcol");
+  check.tensor("x", x, data_dtypes, {{"R"}, {"2H"}});
+  check.require(x.shape[1] % 2 == 0, "x must have an even number of columns (gate, then up), got ", x.shape[1]);
+  check_rowcol(check, x.shape[0], x.shape[1] / 2, offsets, params, q, scale, qt, scale_t);
+  switch (check.device().type) {
+    case DeviceType::cpu:
+      return cpu::swiglu_quantize_rowcol(x, offsets, swiglu, params, q, scale, qt, scale_t, stream.num_threads);
+#ifdef XT_CUDA
+    case DeviceType::cuda:
+      return cuda::swiglu_quantize_rowcol(x, offsets, swiglu, params, q, scale, qt, scale_t, stream);
 #endif
     default: check.no_kernel();
   }

@@ -36,6 +36,28 @@ void quantize_rowcol(py::handle x, py::handle offsets, bool power_of_two, double
   xt::quantize_rowcol(*a, *o, {power_of_two, eps}, *codes, *s, *turned, *st, stream_of(a, num_threads));
 }
 
+void permute_quantize_rowcol(py::handle x, py::handle src, int64_t num_experts_per_tok, py::handle offsets,
+                             bool power_of_two, double eps, py::handle q, py::handle scale, py::handle qt,
+                             py::handle scale_t, int num_threads) {
+  const char* op = "permute_quantize_rowcol";
+  Arg a(op, "x", x), m(op, "src", src), o(op, "offsets", offsets), codes(op, "q", q), s(op, "scale", scale),
+      turned(op, "qt", qt), st(op, "scale_t", scale_t);
+  py::gil_scoped_release nogil;
+  xt::permute_quantize_rowcol(*a, *m, num_experts_per_tok, *o, {power_of_two, eps}, *codes, *s, *turned, *st,
+                              stream_of(a, num_threads));
+}
+
+void swiglu_quantize_rowcol(py::handle x, py::handle offsets, double alpha, std::optional<double> limit,
+                            double up_offset, bool power_of_two, double eps, py::handle q, py::handle scale,
+                            py::handle qt, py::handle scale_t, int num_threads) {
+  const char* op = "swiglu_quantize_rowcol";
+  Arg a(op, "x", x), o(op, "offsets", offsets), codes(op, "q", q), s(op, "scale", scale), turned(op, "qt", qt),
+      st(op, "scale_t", scale_t);
+  py::gil_scoped_release nogil;
+  xt::swiglu_quantize_rowcol(*a, *o, {alpha, limit, up_offset}, {power_of_two, eps}, *codes, *s, *turned, *st,
+                             stream_of(a, num_threads));
+}
+
 void dequantize(py::handle q, py::handle scale, py::handle out, int num_threads) {
   const char* op = "dequantize";
   Arg codes(op, "q", q), s(op, "scale", scale), o(op, "out", out);
@@ -71,6 +93,10 @@ void bind_fp8(py::module_& m) {
         "num_threads"_a);
   m.def("quantize_rowcol", &quantize_rowcol, "x"_a, "offsets"_a, "power_of_two"_a, "eps"_a, "q"_a, "scale"_a, "qt"_a,
         "scale_t"_a, "num_threads"_a);
+  m.def("permute_quantize_rowcol", &permute_quantize_rowcol, "x"_a, "src"_a, "num_experts_per_tok"_a, "offsets"_a,
+        "power_of_two"_a, "eps"_a, "q"_a, "scale"_a, "qt"_a, "scale_t"_a, "num_threads"_a);
+  m.def("swiglu_quantize_rowcol", &swiglu_quantize_rowcol, "x"_a, "offsets"_a, "alpha"_a, "limit"_a, "up_offset"_a,
+        "power_of_two"_a, "eps"_a, "q"_a, "scale"_a, "qt"_a, "scale_t"_a, "num_threads"_a);
   m.def("gemm_m_grouped_fp8", &gemm_m_grouped_fp8, "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "offsets"_a, "out"_a,
         "num_threads"_a);
   m.def("gemm_k_grouped_fp8", &gemm_k_grouped_fp8, "a"_a, "scale_a"_a, "b"_a, "scale_b"_a, "offsets"_a, "beta"_a,

@@ -40,8 +40,12 @@ QUANTIZE = {
     ("quantize", "dequantize_kernelIf"): ({}, {128: 4}),
     ("quantize_tiles", "quantize_square_kernelIt"): ({128: 8}, {64: 8, 128: 4}),
     ("quantize_tiles", "quantize_square_kernelIf"): ({128: 8}, {128: 4}),
-    ("quantize_tiles", "quantize_rowcol_kernelIt"): ({128: 8}, {64: 8, 128: 4}),
-    ("quantize_tiles", "quantize_rowcol_kernelIf"): ({128: 8}, {128: 4}),
+    ("quantize_tiles", "PlainRowsIt"): ({128: 8}, {64: 8, 128: 4}),
+    ("quantize_tiles", "PlainRowsIf"): ({128: 8}, {128: 4}),
+    ("quantize_tiles", "GatheredRowsIt"): ({128: 8}, {64: 8, 128: 4}),
+    ("quantize_tiles", "GatheredRowsIf"): ({128: 8}, {128: 4}),
+    ("quantize_tiles", "ActivatedRowsIt"): ({128: 16}, {64: 8, 128: 4}),
+    ("quantize_tiles", "ActivatedRowsIf"): ({128: 16}, {128: 4}),
 }
 
 

@@ -52,6 +52,36 @@ def test_product_and_gradients(loads, unused, dtype):
         torch.testing.assert_close(got.double(), want, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathering_and_gating_change_no_bit(dtype):
+    idx = torch.randint(-1, 3, (90, 2), generator=torch.Generator().manual_seed(1))
+    _, offsets, *maps = ops.route_map(idx, 3)
+    x, weight, _, _ = make([90, 0, 0], k=128, dtype=dtype)
+    results = []
+    for fused in (False, True):
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        if fused:
+            h = ops.linear_fp8(x, weight, offsets, maps=maps)
+            y = ops.linear_fp8(h, weight[:, :128], offsets, gated=True)
+        else:
+            h = ops.linear_fp8(ops.permute(x, *maps), weight, offsets)
+            y = ops.linear_fp8(ops.swiglu(h, offsets), weight[:, :128], offsets)
+        y.float().square().sum().backward()
+        results.append((y.detach(), x.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gathering_and_gating_need_what_they_need():
+    x, weight, offsets, _ = make([4])
+    maps = torch.zeros(4, 1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(OpError, match="maps need the offsets"):
+        ops.linear_fp8(x, weight, maps=maps)
+    with pytest.raises(OpError, match="exclude each other"):
+        ops.linear_fp8(torch.cat([x, x], 1), weight, offsets, maps, gated=True)
+    with pytest.raises(OpError, match=r"must be \[R, 2K\]"):
+        ops.linear_fp8(x, weight, offsets, gated=True)
+
+
 def test_a_weight_already_in_float8_gives_the_same_bits():
     x, weight, offsets, grad = make([5, 200])
     results = []

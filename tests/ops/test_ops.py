@@ -210,6 +210,8 @@ def samples():
         "quantize_1x128": (randn(5, 128), None, torch.float8_e4m3fn, False, 1e-12),
         "quantize_128x128": (randn(2, 128, 256), torch.float8_e4m3fn, True, 1e-12),
         "quantize_rowcol": (randn(rows, 128), offsets, torch.float8_e5m2, False, 1e-12),
+        "permute_quantize_rowcol": (randn(12, 128), src, 2, offsets, torch.float8_e4m3fn, False, 1e-12),
+        "swiglu_quantize_rowcol": (randn(rows, 256), offsets, 1.0, 7.0, 0.0, torch.float8_e4m3fn, True, 1e-12),
         "gemm_m_grouped_fp8": (*fp8[:2], *fp8_weights, offsets, torch.bfloat16),
         "gemm_k_grouped_fp8": (*fp8[2:], *fp8[2:], offsets, torch.float32),
         "gemm_k_grouped_fp8_": (randn(3, 128, 128), *fp8[2:], *fp8[2:], offsets, 1.0),

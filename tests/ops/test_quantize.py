@@ -104,6 +104,53 @@ def test_quantize_rowcol(isa, counts, format, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 2), (1, 1), (129, 5), (300, 2)])
+def test_permute_quantize_rowcol(isa, tokens, experts, format, dtype):
+    x = wild(tokens, 256, dtype=dtype, seed=tokens)
+    idx = torch.randint(-1, experts, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
+    _, offsets, *maps = ops.route_map(idx, experts, 3 * tokens + 16 * experts, align=16)
+    rule = {"dtype": format, "power_of_two": tokens == 129}
+    ours = ops.permute_quantize_rowcol(x, maps, offsets, **rule)
+    for got, fused, expected in zip(
+        ours,
+        ops.quantize_rowcol(ops.permute(x, *maps), offsets, **rule),
+        reference.permute_quantize_rowcol(x, maps, offsets, **rule),
+        strict=True,
+    ):
+        equal_bits(got, fused)
+        equal_bits(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("scalars", [(1.0, None, 0.0), (1.702, 7.0, 1.0)])
+@pytest.mark.parametrize("counts", [[], [0, 0], [1], [128, 0, 129]])
+def test_swiglu_quantize_rowcol(isa, counts, scalars, format, dtype):
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    x = 3 * torch.randn(sum(counts) + 5, 512, generator=torch.Generator().manual_seed(sum(counts))).to(dtype)
+    x[sum(counts) :] = float("nan")
+    ours = ops.swiglu_quantize_rowcol(x, offsets, *scalars, dtype=format)
+    for got, expected in zip(
+        ours, ops.quantize_rowcol(ops.swiglu(x, offsets, *scalars), offsets, format), strict=True
+    ):
+        equal_bits(got, expected)
+    q, scale, *_ = reference.quantize_rowcol(reference.swiglu(x.double(), offsets, *scalars).to(dtype), offsets, format)
+    step = 2**-3 if format == torch.float8_e4m3fn else 2**-2  # rounding of the activation may move a code
+    near = ops.dequantize(*ours[:2]), ops.dequantize(q, scale)
+    torch.testing.assert_close(*near, rtol=step, atol=float(scale.amax()) * 2**-8 if len(q) else 0)
+
+
+def test_fused_quantizers_name_bad_arguments():
+    offsets = torch.tensor([0, 2])
+    maps = torch.zeros(2, 1, dtype=torch.int32), torch.tensor([0, 9], dtype=torch.int32)
+    with pytest.raises(OpError, match=r"permute_quantize_rowcol: src\[1\] must be in \[-1, T\*K=2\), got 9"):
+        ops.permute_quantize_rowcol(torch.zeros(2, 128), maps, offsets)
+    with pytest.raises(OpError, match="swiglu_quantize_rowcol: H must be a multiple of 128"):
+        ops.swiglu_quantize_rowcol(torch.zeros(2, 128), offsets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
 def test_dequantize(isa, format, dtype):
     x, w = torch.randn(37, 256), torch.randn(2, 128, 384)
     q, scale = ops.quantize_1x128(x, dtype=format)
@@ -123,11 +170,13 @@ def test_extremes_of_a_block_are_the_extreme_codes():
 def test_same_bits_for_any_thread_count():
     x, offsets = wild(700, 1280), torch.tensor([0, 3, 3, 650])
     before = torch.get_num_threads()
-    expected = ops.quantize_rowcol(x, offsets)
+    expected, gated = ops.quantize_rowcol(x, offsets), ops.swiglu_quantize_rowcol(x, offsets)
     try:
         for threads in (1, 3, 8):
             torch.set_num_threads(threads)
             for got, wanted in zip(ops.quantize_rowcol(x, offsets), expected, strict=True):
+                equal_bits(got, wanted)
+            for got, wanted in zip(ops.swiglu_quantize_rowcol(x, offsets), gated, strict=True):
                 equal_bits(got, wanted)
     finally:
         torch.set_num_threads(before)

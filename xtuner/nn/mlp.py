@@ -20,5 +20,6 @@ class MLP(nn.Module):
         self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        linear = ops.linear_fp8 if self.fp8 else ops.linear
-        return linear(ops.swiglu(linear(x_TD, self.w13)), self.w2)
+        if self.fp8:
+            return ops.linear_fp8(ops.linear_fp8(x_TD, self.w13), self.w2, gated=True)
+        return ops.linear(ops.swiglu(ops.linear(x_TD, self.w13)), self.w2)

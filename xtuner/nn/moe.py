@@ -118,9 +118,8 @@ class MoE(nn.Module):
     def experts(self, tokens: Dispatched) -> Tensor:
         """The results [R, D] of this rank's experts on the rows they were given."""
         if self.fp8:
-            x = tokens.x if tokens.maps is None else ops.permute(tokens.x, *tokens.maps)
-            h = ops.swiglu(ops.linear_fp8(x, self.to_local(self.w13), tokens.offsets), tokens.offsets)
-            return ops.linear_fp8(h, self.to_local(self.w2), tokens.offsets)
+            h = ops.linear_fp8(tokens.x, self.to_local(self.w13), tokens.offsets, maps=tokens.maps)
+            return ops.linear_fp8(h, self.to_local(self.w2), tokens.offsets, gated=True)
         here = tokens.offsets.numel() - 1
         w13, w2 = (self.to_local(w).unflatten(0, (here, -1)) for w in (self.w13, self.w2))
         return ops.grouped_mlp(tokens.x, w13, w2, tokens.offsets, tokens.maps, tokens.group)

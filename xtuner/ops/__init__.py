@@ -19,7 +19,14 @@ from xtuner.ops.linear import linear
 from xtuner.ops.linear_cross_entropy import linear_cross_entropy
 from xtuner.ops.linear_fp8 import Float8Weight, linear_fp8
 from xtuner.ops.permute import permute
-from xtuner.ops.quantize import dequantize, quantize_1x128, quantize_128x128, quantize_rowcol
+from xtuner.ops.quantize import (
+    dequantize,
+    permute_quantize_rowcol,
+    quantize_1x128,
+    quantize_128x128,
+    quantize_rowcol,
+    swiglu_quantize_rowcol,
+)
 from xtuner.ops.rms_norm import rms_norm
 from xtuner.ops.rms_norm_rotary import rms_norm_rotary
 from xtuner.ops.rotary import rotary
@@ -55,6 +62,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_fp8",
     "permute",
+    "permute_quantize_rowcol",
     "quantize_1x128",
     "quantize_128x128",
     "quantize_rowcol",
@@ -64,6 +72,7 @@ __all__ = [
     "rotary",
     "route_map",
     "swiglu",
+    "swiglu_quantize_rowcol",
     "to_device",
     "to_host",
     "topk_softmax",

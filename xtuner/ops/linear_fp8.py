@@ -11,16 +11,30 @@ from torch import Tensor
 
 from xtuner.ops._lib import OpError
 from xtuner.ops.gemm_fp8 import gemm_k_grouped_fp8, gemm_m_grouped_fp8
-from xtuner.ops.quantize import quantize_128x128, quantize_rowcol
+from xtuner.ops.quantize import (
+    permute_quantize_rowcol,
+    quantize_128x128,
+    quantize_rowcol,
+    swiglu_quantize_rowcol,
+)
 
 
-def linear_fp8(x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
+def linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    maps: tuple[Tensor, Tensor] | None = None,
+    gated: bool = False,
+) -> Tensor:
     """Rows offsets[e]:offsets[e+1] of the result are those of `x` times the transpose of matrix e of `weight`.
 
     Args:
         x: float32 or bfloat16 [R, K]; rows from offsets[E] on are never read.
         weight: [E*N, K], E matrices below each other, N and K multiples of 128; or a `Float8Weight` of this shape.
         offsets: int64 [E+1]; None: one matrix for all rows.
+        maps: row_of [T, K] and src [R] from `route_map`: then x is [T, K] and its tokens are gathered into rows as they
+            are quantized.
+        gated: x is [R, 2K], and swiglu(x) is what is multiplied; it is computed as it is quantized.
 
     Returns:
         [R, N]; unused rows are zero.
@@ -28,8 +42,13 @@ def linear_fp8(x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tens
     Raises:
         OpError: shapes that do not fit together.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise OpError(f"linear_fp8: x {list(x.shape)} must be [R, K] for weight {list(weight.shape)}")
+    columns = "2K" if gated else "K"
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] * (2 if gated else 1):
+        raise OpError(f"linear_fp8: x {list(x.shape)} must be [R, {columns}] for weight {list(weight.shape)}")
+    if gated and maps is not None:
+        raise OpError("linear_fp8: maps and gated exclude each other")
+    if maps is not None and offsets is None:
+        raise OpError("linear_fp8: maps need the offsets of their rows")
     if offsets is None:
         offsets = torch.tensor([0, x.shape[0]], device=x.device)
     if weight.shape[0] % (128 * (offsets.shape[0] - 1)) or weight.shape[1] % 128:
@@ -37,7 +56,7 @@ def linear_fp8(x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tens
             f"linear_fp8: weight {list(weight.shape)} must be {offsets.shape[0] - 1} matrices with multiples of 128 "
             "rows and columns"
         )
-    return _LinearFp8.apply(x, weight, offsets)
+    return _LinearFp8.apply(x, weight, offsets, *(maps or (None, None)), gated)
 
 
 class Float8Weight(Tensor):
@@ -73,24 +92,33 @@ class Float8Weight(Tensor):
 
 class _LinearFp8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor, row_of, src, gated: bool) -> Tensor:
         codes, _, scale = _quantized(weight, offsets)
-        q, scale_q, qt, scale_qt = quantize_rowcol(x, offsets)
+        if gated:
+            q, scale_q, qt, scale_qt = swiglu_quantize_rowcol(x, offsets)
+        elif row_of is not None:
+            q, scale_q, qt, scale_qt = permute_quantize_rowcol(x, (row_of, src), offsets)
+        else:
+            q, scale_q, qt, scale_qt = quantize_rowcol(x, offsets)
         # The weight itself, not its codes: a sharded one is freed until backward, and its codes should be too.
-        ctx.save_for_backward(weight, offsets, qt, scale_qt)
+        ctx.save_for_backward(weight, offsets, qt, scale_qt, row_of, src, x if gated else None)
         return gemm_m_grouped_fp8(q, scale_q, codes, scale, offsets, x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight, offsets, qt, scale_qt = ctx.saved_tensors
+        weight, offsets, qt, scale_qt, row_of, src, gates = ctx.saved_tensors
         g, scale_g, gt, scale_gt = quantize_rowcol(grad.contiguous(), offsets)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             _, turned, scale = _quantized(weight, offsets)
             dx = gemm_m_grouped_fp8(g, scale_g, turned.contiguous(), scale.transpose(1, 2), offsets, grad.dtype)
+            if gates is not None:
+                dx = torch.ops.xtuner.swiglu_bwd(dx, gates, offsets, 1.0, None, 0.0)
+            elif row_of is not None:
+                dx = torch.ops.xtuner.unpermute(dx, row_of, src, None)
         if ctx.needs_input_grad[1]:
             dw = gemm_k_grouped_fp8(gt, scale_gt, qt, scale_qt, offsets, grad.dtype).flatten(0, 1)
-        return dx, dw, None
+        return dx, dw, None, None, None, None
 
 
 def _quantized(weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

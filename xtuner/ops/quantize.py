@@ -72,6 +72,45 @@ def quantize_rowcol(
     return torch.ops.xtuner.quantize_rowcol(x, offsets, dtype, power_of_two, eps)
 
 
+def permute_quantize_rowcol(
+    x: Tensor,
+    maps: tuple[Tensor, Tensor],
+    offsets: Tensor,
+    dtype: torch.dtype = E4M3,
+    power_of_two: bool = False,
+    eps: float = 1e-12,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """quantize_rowcol(permute(x, *maps), offsets, ...) bit for bit, without the permuted copy.
+
+    Args:
+        x: float32 or bfloat16 [T, H], H a multiple of 128.
+        maps: row_of int32 [T, K] and src int32 [R] from `route_map`.
+
+    Raises:
+        OpError: a src outside [-1, T*K); on a GPU it is noted for `raise_faults`.
+    """
+    row_of, src = maps
+    return torch.ops.xtuner.permute_quantize_rowcol(x, src, row_of.shape[1], offsets, dtype, power_of_two, eps)
+
+
+def swiglu_quantize_rowcol(
+    x: Tensor,
+    offsets: Tensor,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    up_offset: float = 0.0,
+    dtype: torch.dtype = E4M3,
+    power_of_two: bool = False,
+    eps: float = 1e-12,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """quantize_rowcol(swiglu(x, offsets, ...), offsets, ...) bit for bit, without the copy between them.
+
+    x: float32 or bfloat16 [R, 2H], gate, then up; H a multiple of 128. Other arguments as for the two ops.
+    """
+    args = (alpha, limit, up_offset, dtype, power_of_two, eps)
+    return torch.ops.xtuner.swiglu_quantize_rowcol(x, offsets, *args)
+
+
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """q * scale in float32, then as `dtype`: for q [R, H] with row scales or q [E, N, K] with block scales."""
     return torch.ops.xtuner.dequantize(q, scale, dtype)
@@ -100,15 +139,42 @@ def _quantize_128x128(w: Tensor, dtype: torch.dtype, power_of_two: bool, eps: fl
     return q, qt, scale
 
 
-def _fake_rowcol(x: Tensor, offsets: Tensor, dtype: torch.dtype, power_of_two: bool, eps: float):
-    hidden, padded = x.shape[1], padded_rows(x.shape[0], offsets.shape[0] - 1)
+def _rowcol_outputs(x: Tensor, rows: int, hidden: int, offsets: Tensor, dtype: torch.dtype):
+    padded = padded_rows(rows, offsets.shape[0] - 1)
+    scale = x.new_empty(hidden // 128, row_scale_ld(rows), dtype=torch.float32)
     turned = x.new_empty(hidden, padded, dtype=dtype), x.new_empty(padded // 128, hidden, dtype=torch.float32)
-    return *_fake_1x128(x, offsets, dtype, power_of_two, eps), *turned
+    return x.new_empty(rows, hidden, dtype=dtype), scale, *turned
+
+
+def _fake_rowcol(x: Tensor, offsets: Tensor, dtype: torch.dtype, power_of_two: bool, eps: float):
+    return _rowcol_outputs(x, *x.shape, offsets, dtype)
 
 
 def _quantize_rowcol(x: Tensor, offsets: Tensor, dtype: torch.dtype, power_of_two: bool, eps: float):
     outputs = _fake_rowcol(x, offsets, dtype, power_of_two, eps)
     _C.quantize_rowcol(x, offsets, power_of_two, eps, *outputs, torch.get_num_threads())
+    return outputs
+
+
+def _fake_permute(x: Tensor, src: Tensor, num_experts_per_tok: int, offsets: Tensor, dtype, power_of_two, eps):
+    return _rowcol_outputs(x, src.shape[0], x.shape[1], offsets, dtype)
+
+
+def _permute(x: Tensor, src: Tensor, num_experts_per_tok: int, offsets: Tensor, dtype, power_of_two: bool, eps: float):
+    outputs = _fake_permute(x, src, num_experts_per_tok, offsets, dtype, power_of_two, eps)
+    rule = (power_of_two, eps)
+    _C.permute_quantize_rowcol(x, src, num_experts_per_tok, offsets, *rule, *outputs, torch.get_num_threads())
+    return outputs
+
+
+def _fake_swiglu(x: Tensor, offsets: Tensor, alpha, limit, up_offset, dtype: torch.dtype, power_of_two, eps):
+    return _rowcol_outputs(x, x.shape[0], x.shape[1] // 2, offsets, dtype)
+
+
+def _swiglu(x: Tensor, offsets: Tensor, alpha, limit, up_offset, dtype: torch.dtype, power_of_two: bool, eps: float):
+    outputs = _fake_swiglu(x, offsets, alpha, limit, up_offset, dtype, power_of_two, eps)
+    scalars = (alpha, limit, up_offset, power_of_two, eps)
+    _C.swiglu_quantize_rowcol(x, offsets, *scalars, *outputs, torch.get_num_threads())
     return outputs
 
 
@@ -130,6 +196,21 @@ define(
     _quantize_rowcol,
     _fake_rowcol,
 )
+define(
+    f"permute_quantize_rowcol(Tensor x, Tensor src, int num_experts_per_tok, Tensor offsets, {_RULE})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _permute,
+    _fake_permute,
+)
+define(
+    f"swiglu_quantize_rowcol(Tensor x, Tensor offsets, float alpha, float? limit, float up_offset, {_RULE})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _swiglu,
+    _fake_swiglu,
+)
 define("dequantize(Tensor q, Tensor scale, ScalarType dtype) -> Tensor", _dequantize, _fake_dequantize)
-for _name in ("quantize_1x128", "quantize_128x128", "quantize_rowcol", "dequantize"):
+for _name in (
+    "quantize_1x128", "quantize_128x128", "quantize_rowcol", "permute_quantize_rowcol", "swiglu_quantize_rowcol",
+    "dequantize",
+):  # fmt: skip
     not_differentiable(_name, "float8 has no gradient; the layer that quantizes defines one")

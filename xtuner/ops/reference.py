@@ -208,6 +208,10 @@ def quantize_rowcol(x, offsets, dtype=torch.float8_e4m3fn, power_of_two=False, e
     return *quantize_1x128(x, offsets, dtype, power_of_two, eps), qt, scale_t
 
 
+def permute_quantize_rowcol(x, maps, offsets, dtype=torch.float8_e4m3fn, power_of_two=False, eps=1e-12):
+    return quantize_rowcol(permute(x, *maps), offsets, dtype, power_of_two, eps)
+
+
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     x = q.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if q.ndim == 3:

@@ -225,20 +225,20 @@ void quantize_square_typed(const QuantizeTile& a) {
   const T *x = static_cast<const T*>(a.x), *later = static_cast<const T*>(a.later);
   F* q = static_cast<F*>(a.q);
   auto maximum = row_maximum<Vec>(x);
-  for (int64_t r = 1; r < fp8_block; ++r) maximum = larger(maximum, row_maximum<Vec>(x + r * a.row));
+  for (int64_t r = 1; r < fp8_block; ++r) maximum = larger(maximum, row_maximum<Vec>(x + r * a.x_row));
   *a.scale = scale_of<F>(Magnitudes<Vec, T>::largest(maximum), a.rule);
   const bool finite = *a.scale < __builtin_inff();
   const Vec factor = Vec::all(factor_of<F>(*a.scale)), factors[4] = {factor, factor, factor, factor};
   Turned<Vec, T> turned;
   for (int64_t r = 0; r < fp8_block; ++r) {
-    if (later) prefetch_block(later + r * a.row);
+    if (later) prefetch_block(later + r * a.x_row);
     if (!finite) {
       __builtin_memset(q + r * a.row, fp8_nan, fp8_block);
       turned.fill_row(r, fp8_nan);
       continue;
     }
     for (int64_t i = 0; i < fp8_block; i += 4 * Vec::width) {
-      const T* from = x + r * a.row + i;
+      const T* from = x + r * a.x_row + i;
       Vec sizes[4];
       load_sizes(from, sizes);
       const Vec codes = encode<Vec, T, F>(sizes, factors, from);
@@ -279,7 +279,7 @@ XT_INLINE void tile_maxima(const QuantizeTile& a, int32_t* rows, int32_t* column
   for (int64_t r = 0; r < a.num_rows; ++r) {
     Lanes along = {};
     for (int i = 0; i < fp8_block / lanes; ++i) {
-      const Lanes m = magnitudes<Vec>(x + r * a.row + i * lanes);
+      const Lanes m = magnitudes<Vec>(x + r * a.x_row + i * lanes);
       down[i] = larger(down[i], m);
       along = larger(along, m);
     }
@@ -304,9 +304,9 @@ void quantize_rowcol_typed(const QuantizeTile& a) {
   for (int64_t r = 0; r < a.num_rows; ++r) {
     a.scale[r] = scale[r];
     const Vec all = Vec::all(factor[r]), factors[4] = {all, all, all, all};
-    if (later) prefetch_block(later + r * a.row);
+    if (later) prefetch_block(later + r * a.x_row);
     for (int64_t i = 0; i < fp8_block; i += step) {
-      const T* from = x + r * a.row + i;
+      const T* from = x + r * a.x_row + i;
       Vec sizes[4], factors_t[4];
       load_sizes(from, sizes);
       for (int j = 0; j < 4; ++j) factors_t[j] = Vec::load(factor_t + i + j * Vec::width);

@@ -61,8 +61,8 @@ template <class Vec, class T>
 void swiglu_typed(const SwigluRows& a, int64_t begin, int64_t end) {
   const Swiglu<Vec> f(a);
   for (int64_t r = begin; r < end; ++r) {
-    const T* gate = static_cast<const T*>(a.x) + r * 2 * a.width;
-    f.forward_row(gate, gate + a.width, static_cast<T*>(a.out) + r * a.width, a.width);
+    const T* gate = static_cast<const T*>(a.x) + r * a.row;
+    f.forward_row(gate, gate + a.up, static_cast<T*>(a.out) + r * a.width, a.width);
   }
 }
 

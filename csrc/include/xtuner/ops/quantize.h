@@ -7,6 +7,7 @@
 // Scales of rows are stored block by block, [H/128, ld]: the scale of x[r, 128 b : 128 (b+1)] is scale[b, r]. ld is R
 // rounded up to a multiple of 4, which keeps every block's scales 16-byte aligned for the GPU's tensor loads.
 #pragma once
+#include "xtuner/ops/swiglu.h"
 #include "xtuner/stream.h"
 #include "xtuner/tensor.h"
 
@@ -51,6 +52,23 @@ void quantize_128x128(const Tensor& w, QuantizeParams params, const Tensor& q, c
 //   scale_t  f32 [P/128, H]       the scale of qt[h, 128 b : 128 (b+1)] is scale_t[b, h]
 void quantize_rowcol(const Tensor& x, const Tensor& offsets, QuantizeParams params, const Tensor& q,
                      const Tensor& scale, const Tensor& qt, const Tensor& scale_t, Stream stream);
+
+// quantize_rowcol of what permute gives of x, bit for bit, without that copy.
+//   x    f32 | bf16 [T, H]
+//   src  i32 [R]            the flat choice t*K + k whose token fills a row, or -1: a row of zeros (route_map). On a GPU, one
+//                           that is out of range counts as -1
+//   K    num_experts_per_tok, at least 1
+// offsets and outputs as quantize_rowcol; src of rows >= offsets[E] is not read.
+void permute_quantize_rowcol(const Tensor& x, const Tensor& src, int64_t num_experts_per_tok, const Tensor& offsets,
+                             QuantizeParams params, const Tensor& q, const Tensor& scale, const Tensor& qt,
+                             const Tensor& scale_t, Stream stream);
+
+// quantize_rowcol of what swiglu gives of x, bit for bit, without that copy.
+//   x  f32 | bf16 [R, 2H]   gate, then up
+// offsets and outputs as quantize_rowcol.
+void swiglu_quantize_rowcol(const Tensor& x, const Tensor& offsets, const SwigluParams& swiglu, QuantizeParams params,
+                            const Tensor& q, const Tensor& scale, const Tensor& qt, const Tensor& scale_t,
+                            Stream stream);
 
 // out = q * scale in fp32, then rounded to out's dtype.
 //   q      e4m3 | e5m2  [R, H] with row scales       or [E, N, K] with block scales
