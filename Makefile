@@ -65,7 +65,7 @@ cuda: setup
 		sh third_party/install_gtest.sh && \
 		$(CMAKE) -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
 			-DXT_PYTHON=OFF -DXT_TESTS=ON -DXT_CUDA=ON -DCMAKE_BUILD_TYPE=Release && \
-		$(CMAKE) --build build/cuda -j $(CORES) --target xt_cuda permute_test && \
+		$(CMAKE) --build build/cuda -j $(CORES) --target xt_cuda permute_test cuda_device_test && \
 		build/cuda/tests/cpp/permute_test --gtest_brief=1 && \
 		$(PY) -m pytest -q -m nvcc tests/cuda; \
 	else \

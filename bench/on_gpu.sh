@@ -1,7 +1,8 @@
 #!/bin/sh
 # What a GPU can tell, in two calls of less than ten minutes each, from a machine with a C++ compiler, CMake, ninja, nvcc,
 # and Python with torch, pybind11, pytest and numpy; nothing is downloaded.
-#   bench/on_gpu.sh check     builds; every op on the GPU against its oracle, twice, in CUDA graphs; compute-sanitizer
+#   bench/on_gpu.sh check     builds; every op on the GPU against its oracle, twice, in CUDA graphs; the C++ comparisons with
+#                             the CPU, if GoogleTest is installed or at $GTest_ROOT; compute-sanitizer; a sweep of tiles
 #   bench/on_gpu.sh bench     builds; rates, and ratios to rivals
 # A JSON file of each goes to $OUT, or to bench/results. With `cpu` as second argument, whatever needs no GPU is done on
 # small shapes, to try this script out, and nothing goes to bench/results.
@@ -30,10 +31,21 @@ else
     name=cpu
 fi
 
+gtest=
+if [ "$stage $device" = "check cuda" ]; then
+    for prefix in "${GTest_ROOT:-/usr}" /usr /usr/local; do
+        if [ -e "$prefix/include/gtest/gtest.h" ]; then gtest=$(cd "$prefix" && pwd); fi
+        [ -z "$gtest" ] || break
+    done
+fi
+if [ -n "$gtest" ]; then tests=ON targets="_C cuda_device_test"; else tests=OFF targets=_C; fi
+
 mkdir -p "$build" "$out"
-if ! cmake -S . -B "$build" -G Ninja -DXT_PYTHON=ON -DXT_TESTS=OFF -DXT_CUDA=$cuda -DCMAKE_BUILD_TYPE=Release \
+# shellcheck disable=SC2086  # a list of targets
+if ! cmake -S . -B "$build" -G Ninja -DXT_PYTHON=ON -DXT_TESTS=$tests -DXT_CUDA=$cuda \
+    -DCMAKE_BUILD_TYPE=Release ${gtest:+"-DGTest_ROOT=$gtest"} \
     ${architectures:+-DXT_CUDA_ARCHITECTURES=$architectures} -Dpybind11_DIR="$($python -m pybind11 --cmakedir)" \
-    >"$build/log" 2>&1 || ! cmake --build "$build" >>"$build/log" 2>&1; then
+    >"$build/log" 2>&1 || ! cmake --build "$build" --target $targets >>"$build/log" 2>&1; then
     tail -n 40 "$build/log" >&2
     exit 1
 fi
@@ -55,10 +67,17 @@ step() {
     steps="$steps $step_name=$result"
 }
 
-tests="$python -m pytest -q -p no:cacheprovider -m gpu tests/cuda/device --device $device"
+pytest="$python -m pytest -q -p no:cacheprovider -m gpu tests/cuda/device --device $device"
 if [ "$stage" = check ]; then
     # shellcheck disable=SC2086  # a command and its arguments
-    step pytest $tests
+    step pytest $pytest
+    if [ -n "$gtest" ]; then
+        # Not those whose messages name the double's device or whose memory the test maps by itself.
+        step gtest timeout 150 "$build/tests/cpp/cuda_device/cuda_device_test" --gtest_brief=1 \
+            --gtest_filter='-*Refuses*:*PastTwoToThe31*'
+    else
+        steps="$steps gtest=missing"
+    fi
     for tool in memcheck racecheck; do
         [ "$device" = cuda ] || continue
         if ! command -v compute-sanitizer >/dev/null; then
@@ -68,7 +87,7 @@ if [ "$stage" = check ]; then
         # Without torch's cache, every tensor is an allocation of its own, whose bounds are checked.
         # shellcheck disable=SC2086
         step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool "$tool" \
-            --error-exitcode 9 --launch-timeout 120 $tests -k "test_oracle and tokens=37"
+            --error-exitcode 9 --launch-timeout 120 $pytest -k "test_oracle and tokens=37"
     done
     # shellcheck disable=SC2086
     $python bench/ops/device_steps.py --device "$device" --json "$out/$name-check.json" $steps

@@ -1,5 +1,8 @@
 // Tensors of the test as the device sees them: the same memory, known to the machine for as long as this object lives.
 #pragma once
+#ifdef XT_ON_GPU  // the same tests on a real one
+#include "cuda_device/device.h"
+#else
 #include <deque>
 
 #include "helpers.h"
@@ -57,3 +60,5 @@ inline void for_each_schedule(const std::function<void()>& body) {
 inline bool cpu_fuses() { return build_info().isa != "portable"; }
 
 }  // namespace xt::test
+
+#endif
