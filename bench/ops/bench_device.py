@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from device_layer import bench_layer
 from device_timing import Clock, machine
 
 from xtuner import ops
@@ -27,7 +28,23 @@ PRODUCTS = [  # experts, rows of all, N, K
     (8, 32768, 4096, 7168),
     (256, 262144, 4096, 6144),
 ]
-SMALL_MOVED, SMALL_PRODUCTS = [(64, 2, 4, 256)], [(4, 64, 256, 128)]
+LAYER = (8192, 8, 128, 2048, 768)  # Qwen3-30B-A3B
+# What an H200 should reach: rates, and how much faster than another.
+LARGE, DEEPSEEK = "E256 R262144 N4096 K6144", "E8 R32768 N4096 K7168"
+TARGETS = {
+    ("gemm_m_grouped", LARGE): {"ours": 670, "over grouped_mm": 1.08},
+    ("gemm_k_grouped", LARGE): {"ours": 600},
+    ("gemm_m_grouped_fp8", DEEPSEEK): {"ours": 1250},
+    ("gemm_k_grouped_fp8", DEEPSEEK): {"ours": 870},
+    ("moe_layer", None): {"ours": 420, "ours_fp8 over ours": 1.4},
+    ("moe_layer_bwd", None): {"ours": 400, "ours_fp8 over ours": 1.4},
+    ("permute", None): {"ours": 2800},
+    ("unpermute", None): {"ours": 3200},
+    ("quantize_1x128", None): {"over copy": 0.75},
+    ("quantize_rowcol", None): {"over copy": 0.75},
+    ("quantize_128x128", None): {"over copy": 0.75},
+}
+SMALL_MOVED, SMALL_PRODUCTS, SMALL_LAYER = [(64, 2, 4, 256)], [(4, 64, 256, 128)], (64, 2, 4, 256, 128)
 
 
 class Report:
@@ -48,10 +65,28 @@ class Report:
         ratios = {
             f"over {n}": round(t / seconds["ours"], 3) for n, t in seconds.items() if "ours" in seconds and n != "ours"
         }
+        if {"ours", "ours_fp8"} <= seconds.keys():
+            ratios["ours_fp8 over ours"] = round(seconds["ours"] / seconds["ours_fp8"], 3)
         rates = {name: round(work / t, 2) for name, t in seconds.items()}
         print(f"{op:20s} {shape:34s} " + "  ".join(f"{n} {r:.1f} {unit}" for n, r in rates.items()), ratios, flush=True)
         microseconds = {name: round(t * 1e6, 2) for name, t in seconds.items()}
-        self.rows.append({"op": op, "shape": shape, "unit": unit, "us": microseconds, "rate": rates, "speedup": ratios})
+        row = {"op": op, "shape": shape, "unit": unit, "us": microseconds, "rate": rates, "speedup": ratios}
+        targets = TARGETS.get((op, shape), TARGETS.get((op, None), {}))
+        if targets and self.clock.device.type == "cuda":
+            row["targets"] = verdicts(targets, rates | ratios)
+            print(" " * 21 + "targets for an H200: " + "; ".join(row["targets"].values()), flush=True)
+        self.rows.append(row)
+
+
+def verdicts(targets: dict[str, float], figures: dict[str, float]) -> dict[str, str]:
+    """Each figure beside its target."""
+    said = {}
+    for name, target in targets.items():
+        if name in figures:
+            said[name] = f"{name} {figures[name]:g} of {target:g}, {'met' if figures[name] >= target else 'missed'}"
+        else:
+            said[name] = f"{name} not measured of {target:g}"
+    return said
 
 
 def bench_moved(report: Report, device: torch.device, tokens: int, k: int, experts: int, hidden: int) -> None:
@@ -81,6 +116,9 @@ def bench_moved(report: Report, device: torch.device, tokens: int, k: int, exper
     case("swiglu_bwd", rows * 768 * 10, bwd)
     case("quantize_1x128", y.numel() * 3, partial(ops.quantize_1x128, y, offsets))
     case("quantize_rowcol", y.numel() * 4, partial(ops.quantize_rowcol, y, offsets))
+    gather = partial(ops.permute_quantize_rowcol, x, (row_of, src), offsets)
+    case("permute_quantize_rowcol", size + 2 * rows * hidden, gather)
+    case("swiglu_quantize_rowcol", rows * 768 * 6, partial(ops.swiglu_quantize_rowcol, gate_up, offsets))
     case("quantize_128x128", w.numel() * 4, partial(ops.quantize_128x128, w))
     case("dequantize", y.numel() * 3, partial(ops.dequantize, *ops.quantize_1x128(y), torch.bfloat16))
 
@@ -107,7 +145,9 @@ def bench_products(report: Report, device: torch.device, experts: int, rows: int
     calls["cublas_dense"] = lambda: torch.mm(g.t(), x)
     report.case("gemm_k_grouped", shape, flop, "TFLOP/s", calls)
     bench_dswiglu(report, shape, flop, x, w.transpose(1, 2).contiguous(), offsets)
-    (xq, xs), (wq, _, ws) = ops.quantize_1x128(x, offsets), ops.quantize_128x128(w)
+    xq, xs, xt, xts = ops.quantize_rowcol(x, offsets)
+    _, _, gt, gts = ops.quantize_rowcol(g, offsets)
+    wq, _, ws = ops.quantize_128x128(w)
     report.case(
         "gemm_m_grouped_fp8",
         shape,
@@ -118,6 +158,11 @@ def bench_products(report: Report, device: torch.device, experts: int, rows: int
             "our_bf16": partial(ops.gemm_m_grouped, x, w, offsets),
         },
     )
+    calls = {
+        "ours": partial(ops.gemm_k_grouped_fp8, gt, gts, xt, xts, offsets, torch.bfloat16),
+        "our_bf16": partial(ops.gemm_k_grouped, g, x, offsets),
+    }
+    report.case("gemm_k_grouped_fp8", shape, flop, "TFLOP/s", calls)
 
 
 def bench_dswiglu(report: Report, shape: str, flop: float, dy, b, offsets) -> None:
@@ -151,6 +196,7 @@ def main() -> None:
         bench_moved(report, device, *shape)
     for shape in SMALL_PRODUCTS if small else PRODUCTS:
         bench_products(report, device, *shape)
+    bench_layer(report, device, *(SMALL_LAYER if small else LAYER))
     for name, why in report.missing.items():
         print(f"not measured: {name}: {why}")
     if arguments.json:
