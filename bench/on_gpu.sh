@@ -51,6 +51,20 @@ if ! cmake -S . -B "$build" -G Ninja -DXT_PYTHON=ON -DXT_TESTS=$tests -DXT_CUDA=
 fi
 rm -f xtuner/_C*.so
 cp "$build"/_C*.so xtuner/
+
+# While the tests run: the same core with tiles of one width, whatever the shape. Only Hopper's kernels have two.
+widths=
+if [ "$stage $device $architectures" = "check cuda 90a-real" ]; then
+    widths="128 256"
+    for width in $widths; do
+        cmake -S . -B "$build-$width" -G Ninja -DXT_PYTHON=ON -DXT_TESTS=OFF -DXT_CUDA=ON -DCMAKE_BUILD_TYPE=Release \
+            -DXT_CUDA_ARCHITECTURES=$architectures "-DCMAKE_CUDA_FLAGS=-DXT_BLOCK_N=$width" \
+            -Dpybind11_DIR="$($python -m pybind11 --cmakedir)" && cmake --build "$build-$width" --target _C &&
+            mkdir -p "$build-$width/tree" && cp -r xtuner "$build-$width/tree/" &&
+            rm "$build-$width"/tree/xtuner/_C*.so && cp "$build-$width"/_C*.so "$build-$width/tree/xtuner/"
+    done >"$build/sweep.log" 2>&1 &
+    sweep=$!
+fi
 export PYTHONPATH=.
 export OMP_WAIT_POLICY=PASSIVE
 
@@ -89,6 +103,14 @@ if [ "$stage" = check ]; then
         step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool "$tool" \
             --error-exitcode 9 --launch-timeout 120 $pytest -k "test_oracle and tokens=37"
     done
+    if [ -n "$widths" ]; then
+        wait "$sweep" || tail -n 20 "$build/sweep.log" >&2
+        step tiles $python bench/ops/bench_device.py --products --budget 0.5 --json "$out/$name-tiles.json"
+        for width in $widths; do
+            step "tiles-$width" env "PYTHONPATH=$build-$width/tree" $python bench/ops/bench_device.py --products \
+                --budget 0.5 --json "$out/$name-tiles-$width.json"
+        done
+    fi
     # shellcheck disable=SC2086
     $python bench/ops/device_steps.py --device "$device" --json "$out/$name-check.json" $steps
 else

@@ -26,5 +26,9 @@ x = torch.randn(5, 8)
 counts, offsets, row_of, src = ops.route_map(torch.tensor([[0], [2], [1], [2], [0]]), num_experts=3)
 assert counts.tolist() == [2, 1, 2]
 assert torch.equal(ops.unpermute(ops.permute(x, row_of, src), row_of, src), x)
+# Without a GPU, or without kernels for it, nothing is asked of the driver until a tensor is there.
+assert not torch.cuda.is_available() or with_cuda
+y = ops.linear(torch.randn(4, 8), torch.randn(3, 8))
+assert y.shape == (4, 3)
 print('wheel works from', '$work', 'with CUDA kernels' if with_cuda else 'without CUDA kernels, as there is no nvcc')
 "

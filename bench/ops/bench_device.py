@@ -145,9 +145,7 @@ def bench_products(report: Report, device: torch.device, experts: int, rows: int
     calls["cublas_dense"] = lambda: torch.mm(g.t(), x)
     report.case("gemm_k_grouped", shape, flop, "TFLOP/s", calls)
     bench_dswiglu(report, shape, flop, x, w.transpose(1, 2).contiguous(), offsets)
-    xq, xs, xt, xts = ops.quantize_rowcol(x, offsets)
-    _, _, gt, gts = ops.quantize_rowcol(g, offsets)
-    wq, _, ws = ops.quantize_128x128(w)
+    (xq, xs), (wq, _, ws) = ops.quantize_1x128(x, offsets), ops.quantize_128x128(w)
     report.case(
         "gemm_m_grouped_fp8",
         shape,
@@ -158,11 +156,6 @@ def bench_products(report: Report, device: torch.device, experts: int, rows: int
             "our_bf16": partial(ops.gemm_m_grouped, x, w, offsets),
         },
     )
-    calls = {
-        "ours": partial(ops.gemm_k_grouped_fp8, gt, gts, xt, xts, offsets, torch.bfloat16),
-        "our_bf16": partial(ops.gemm_k_grouped, g, x, offsets),
-    }
-    report.case("gemm_k_grouped_fp8", shape, flop, "TFLOP/s", calls)
 
 
 def bench_dswiglu(report: Report, shape: str, flop: float, dy, b, offsets) -> None:
@@ -186,17 +179,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds per case")
+    parser.add_argument("--products", action="store_true", help="only those, for a sweep of tiles")
     parser.add_argument("--json", type=Path, help="write everything there")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     small = device.type == "cpu"
     torch.manual_seed(0)
     report = Report(Clock(device, arguments.budget))
-    for shape in SMALL_MOVED if small else MOVED:
-        bench_moved(report, device, *shape)
+    if not arguments.products:
+        bench_layer(report, device, *(SMALL_LAYER if small else LAYER))
+        for shape in SMALL_MOVED if small else MOVED:
+            bench_moved(report, device, *shape)
     for shape in SMALL_PRODUCTS if small else PRODUCTS:
         bench_products(report, device, *shape)
-    bench_layer(report, device, *(SMALL_LAYER if small else LAYER))
     for name, why in report.missing.items():
         print(f"not measured: {name}: {why}")
     if arguments.json:
