@@ -19,6 +19,7 @@ BY_NAME = [
     ("SwiGLU", r"swiglu|silu"),
     ("permute, unpermute", r"xtuner::(un)?permute|xtuner::route_map|GeneratedBackwardFor_xtuner_(un)?permute"),
     ("head, cross-entropy", r"cross_entropy|log_softmax|nll_loss|chunked_loss"),
+    ("dense projections", r"linear_qkv"),
     ("norms", r"_RMSNorm|rms_norm"),  # with rotary where one operator does both
     ("rotary", r"_Rotate|xtuner::rotary|GeneratedBackwardFor_xtuner_rotary"),
     ("embedding", r"embedding"),

@@ -108,12 +108,14 @@ def gemm_m_grouped(
     alpha: float = 1.0,
     limit: float | None = None,
     up_offset: float = 0.0,
+    accumulate: bool = False,
     out: Tensor,
     num_threads: int,
 ) -> None:
     """Per expert out = a @ b (b[E,Kd,N]), or a @ b.T (b[E,N,Kd]) with trans_b; rows >= offsets[E] become zero.
 
-    bias [E,N] is added; with src, row r of a is a[src[r] // num_experts_per_tok]; act[R,N/2] becomes swiglu(out).
+    bias [E,N] is added; with src, row r of a is a[src[r] // num_experts_per_tok]; act[R,N/2] becomes swiglu(out);
+    accumulate adds to out, whose unused rows then stay as they are.
     """
 
 def gemm_m_grouped_dswiglu(

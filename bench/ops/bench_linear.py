@@ -1,7 +1,6 @@
 """Dense products in the core, forward and both gradients, against torch's own and against a cast to float32 and back.
 
-`ops.linear` uses the core where torch has no bfloat16 instructions (try --isa avx2), and in float32 for a router's and
-a head's numbers of outputs.
+`ops.linear` uses the core where torch has no bfloat16 instructions (try --isa avx2), and in float32 from 8 rows on.
 """
 
 from __future__ import annotations
@@ -14,7 +13,14 @@ from timing import Report
 import xtuner.ops  # noqa: F401  registers the operators
 
 SHAPES = {  # tokens, in, out
-    torch.float32: [(2048, 512, 32), (2048, 512, 256), (2048, 512, 512), (512, 512, 8192)],
+    torch.float32: [
+        (8, 512, 512),
+        (64, 512, 512),
+        (2048, 512, 32),
+        (2048, 512, 256),
+        (2048, 512, 512),
+        (512, 512, 8192),
+    ],
     torch.bfloat16: [(512, 512, 512), (512, 512, 256), (128, 512, 2048)],
 }
 

@@ -34,7 +34,10 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
   const int64_t used = used_rows("gemm_m_grouped", offsets, num_rows);
   check_gather("gemm_m_grouped", gather, used, a.shape[0]);
   if (options.act) zero_rows(*options.act, used, num_rows, num_threads);
-  if (num_k == 0 || num_n == 0) return zero_rows(out, 0, num_rows, num_threads);
+  if (num_k == 0 || num_n == 0) {
+    if (!options.accumulate) zero_rows(out, 0, num_rows, num_threads);
+    return;
+  }
 
   const std::vector<char> zeros(gather.src ? static_cast<size_t>(num_k * size_of(a.dtype)) : 0);
   const int32_t per_token = static_cast<int32_t>(gather.num_experts_per_tok);
@@ -46,7 +49,7 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
     GemmSide x = {address(a, gather.src ? 0 : at[e] * num_k), a.dtype, num_k, 1};
     if (gather.src) x.index = gather.src->ptr<int32_t>() + at[e], x.divisor = per_token, x.zeros = zeros.data();
     const GemmSide w = {address(b, e * num_n * num_k), b.dtype, trans_b ? num_k : 1, trans_b ? 1 : num_n};
-    const GemmOut y = {address(out, at[e] * num_n), out.dtype, num_n, 1, false};
+    const GemmOut y = {address(out, at[e] * num_n), out.dtype, num_n, 1, options.accumulate};
     const GemmEpilogue epilogue = epilogue_of(options, e, at[e], num_n);
     const int64_t features = epilogue.half ? epilogue.half : num_n;
     // With trans_b the side that plays V must be transposed while packing. For an expert with few rows these rows are
@@ -54,14 +57,14 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
     // then streams past them from memory. (With a single k a side's lines could run either way, with a single n the
     // output's.)
     if (trans_b && rows <= few_rows && num_k > 1 && num_n > 1) {
-      const GemmOut y_turned = {y.data, y.dtype, 1, num_n, false};
+      const GemmOut y_turned = {y.data, y.dtype, 1, num_n, options.accumulate};
       problems.push_back({w, x, y_turned, features, rows, num_k, epilogue});
     } else {
       problems.push_back({x, w, y, rows, features, num_k, epilogue});
     }
   }
   run_gemms(problems, num_threads);
-  zero_rows(out, used, num_rows, num_threads);
+  if (!options.accumulate) zero_rows(out, used, num_rows, num_threads);
 }
 
 }  // namespace xt::cpu

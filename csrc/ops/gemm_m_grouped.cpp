@@ -28,6 +28,8 @@ void gemm_m_grouped(const Tensor& a, const Tensor& b, const Tensor& offsets, boo
     if (options.swiglu.limit) check.require(*options.swiglu.limit > 0, "limit must be positive, got ", *options.swiglu.limit);
   }
   check.require(a.shape[1] > 0 || !(options.bias || options.act), "Kd must be positive with a bias or act, got 0");
+  check.require(!options.accumulate || !(options.bias || options.act), "accumulate goes with neither bias nor act");
+  check.require(!options.accumulate || check.device().type == DeviceType::cpu, "accumulate needs a CPU");
   switch (check.device().type) {
     case DeviceType::cpu: return cpu::gemm_m_grouped(a, b, offsets, trans_b, options, out, stream.num_threads);
 #ifdef XT_CUDA

@@ -78,11 +78,12 @@ void unpermute_bwd(py::handle dout, py::handle y, py::handle src, py::handle row
 
 void gemm_m_grouped(py::handle a, py::handle b, py::handle offsets, bool trans_b, py::handle bias, py::handle src,
                     int64_t num_experts_per_tok, py::handle act, double alpha, std::optional<double> limit,
-                    double up_offset, py::handle out, int num_threads) {
+                    double up_offset, bool accumulate, py::handle out, int num_threads) {
   const char* op = "gemm_m_grouped";
   Arg ta(op, "a", a), tb(op, "b", b), to(op, "offsets", offsets), tc(op, "out", out);
   OptionalArg bi(op, "bias", bias), s(op, "src", src), ac(op, "act", act);
-  const GemmMGroupedOptions options = {{s.get(), num_experts_per_tok}, bi.get(), ac.get(), {alpha, limit, up_offset}};
+  const GemmMGroupedOptions options = {{s.get(), num_experts_per_tok}, bi.get(), ac.get(), {alpha, limit, up_offset},
+                                       accumulate};
   py::gil_scoped_release nogil;
   xt::gemm_m_grouped(*ta, *tb, *to, trans_b, *tc, stream_of(ta, num_threads), options);
 }
@@ -150,7 +151,7 @@ void bind_moe(py::module_& m) {
   const py::none none;
   m.def("gemm_m_grouped", &gemm_m_grouped, "a"_a, "b"_a, "offsets"_a, "trans_b"_a, py::kw_only(), "bias"_a = none,
         "src"_a = none, "num_experts_per_tok"_a = 1, "act"_a = none, "alpha"_a = 1.0, "limit"_a = none,
-        "up_offset"_a = 0.0, "out"_a, "num_threads"_a);
+        "up_offset"_a = 0.0, "accumulate"_a = false, "out"_a, "num_threads"_a);
   m.def("gemm_m_grouped_dswiglu", &gemm_m_grouped_dswiglu, "dy"_a, "b"_a, "offsets"_a, "x"_a, py::kw_only(),
         "weights"_a = none, "alpha"_a = 1.0, "limit"_a = none, "up_offset"_a = 0.0, "dx"_a, "act"_a,
         "dweights"_a = none, "workspace"_a = none, "num_threads"_a);

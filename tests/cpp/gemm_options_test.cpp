@@ -72,6 +72,53 @@ TEST(GemmOptions, BitsOfTheSeparateSteps) {
   });
 }
 
+void check_accumulate(DType dtype, int64_t n, int64_t k, bool trans_b, Rng& rng) {
+  const int64_t rows = 200, tail = 3;
+  const Array a = Array(dtype, {rows + tail, k}).randomise(rng, rows * k);  // rows past the last expert are NaN
+  const Array b = trans_b ? Array(dtype, {3, n, k}).randomise(rng) : Array(dtype, {3, k, n}).randomise(rng);
+  const Array before = Array(dtype, {rows + tail, n}).randomise(rng);
+  const std::vector<int64_t> at = {0, 30, 30, rows};
+  GemmMGroupedOptions options;
+  Array product(dtype, {rows + tail, n}), out = before;
+  gemm_m_grouped(a.view(), b.view(), view(at, {4}), trans_b, product.view(), {nullptr, 2});
+  options.accumulate = true;
+  const auto run = [&](int threads, Array& to) {
+    to = before;
+    gemm_m_grouped(a.view(), b.view(), view(at, {4}), trans_b, to.view(), {nullptr, threads}, options);
+  };
+  run(2, out);
+  for (int64_t i = 0; i < (rows + tail) * n; ++i) {
+    const double sum = before[i] + product[i];
+    if (i >= rows * n) {
+      ASSERT_EQ(out[i], before[i]) << "element " << i;
+    } else {  // the sums of blocks of k are added to `before` one by one
+      const double size = std::fabs(before[i]) + std::sqrt(static_cast<double>(k)) + std::fabs(product[i]);
+      ASSERT_NEAR(out[i], sum, 1e-6 * size + out.rounding(sum) + product.rounding(product[i])) << "element " << i;
+    }
+  }
+  expect_same_bits(Array(dtype, {rows + tail, n}), run);
+}
+
+TEST(GemmOptions, AddsToTheOutput) {
+  Rng rng(13);
+  for_each_isa([&] {
+    for (int trial = 0; trial < 12; ++trial) {
+      check_accumulate(trial % 3 ? DType::f32 : DType::bf16, pick(rng, {1, 7, 33, 150}), pick(rng, {0, 1, 8, 300, 600}),
+                       trial % 2 == 0, rng);
+    }
+  });
+}
+
+TEST(GemmOptions, AddsNeitherBiasNorActivation) {
+  Array x(DType::f32, {2, 4}), w(DType::f32, {1, 4, 4}), out(DType::f32, {2, 4}), bias(DType::f32, {1, 4});
+  const std::vector<int64_t> at = {0, 2};
+  const Tensor bias_view = bias.view();
+  GemmMGroupedOptions options;
+  options.bias = &bias_view;
+  options.accumulate = true;
+  EXPECT_THROW(gemm_m_grouped(x.view(), w.view(), view(at, {2}), true, out.view(), {nullptr, 1}, options), Error);
+}
+
 void check_bias(DType dtype, int64_t n, Rng& rng) {
   const int64_t rows = 200, k = 64;
   const Array a = Array(dtype, {rows, k}).randomise(rng), b = Array(dtype, {2, n, k}).randomise(rng);

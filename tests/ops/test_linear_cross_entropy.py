@@ -24,7 +24,7 @@ def inputs(tokens, width, vocab, dtype):
 @pytest.mark.parametrize("tokens", [0, 1, 2, 8, 127, 128, 129, 300])
 def test_loss_and_gradients(monkeypatch, tokens, dtype, in_core):
     monkeypatch.setattr(MODULE, "_LOGITS_AT_A_TIME", 0)  # 128 rows at a time
-    monkeypatch.setattr(MODULE, "runs_in_core", lambda device, dtype, num_outputs: in_core)
+    monkeypatch.setattr(MODULE, "runs_in_core", lambda device, dtype, num_rows: in_core)
     hidden, weight, labels, loss_weights = inputs(tokens, 16, 37, dtype)
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     ours = [x.requires_grad_() for x in (hidden, weight)]

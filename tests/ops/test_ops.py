@@ -192,6 +192,10 @@ def samples():
         "linear": (grad(9, 8), grad(6, 8)),
         "linear_dgrad": (randn(9, 6), randn(6, 8)),
         "linear_wgrad": (randn(9, 6), randn(9, 8)),
+        "linear_qkv": (grad(9, 8), grad(6, 8), grad(4, 8), grad(3, 8)),
+        "linear_qkv_bwd": (
+            randn(9, 6), randn(9, 4), randn(9, 3), randn(9, 8), randn(6, 8), randn(4, 8), randn(3, 8), True, True,
+        ),
         "rms_norm": (grad(9, 8), grad(8), 1e-6),
         "rms_norm_bwd": (randn(9, 8), randn(9, 8), randn(8), torch.rand(9)),
         "rms_norm_rotary": (grad(9, 2, 8), grad(8), randn(9, 4), randn(9, 4), 1e-6),

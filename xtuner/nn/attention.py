@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from xtuner import ops
 from xtuner.config import ModelConfig
 from xtuner.nn.kv_cache import KVCache
-from xtuner.nn.linear import Linear
+from xtuner.nn.linear import Linear, linear_qkv
 from xtuner.nn.norm import RMSNorm
 
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
         With an `exchange`, x holds a slice of the `total_tokens` that cu_seqlens and max_seqlen describe.
         """
-        q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)) for p in linear_qkv(x_TD, self.wq, self.wk, self.wv))
         q, k = _positioned(q, self.q_norm, rotary), _positioned(k, self.k_norm, rotary)
         cu_k, max_k = cu_seqlens, max_seqlen
         if cache is not None:

@@ -18,6 +18,7 @@ from xtuner.ops.host import to_device, to_host
 from xtuner.ops.linear import linear
 from xtuner.ops.linear_cross_entropy import linear_cross_entropy
 from xtuner.ops.linear_fp8 import Float8Weight, linear_fp8
+from xtuner.ops.linear_qkv import linear_qkv
 from xtuner.ops.permute import permute
 from xtuner.ops.quantize import (
     dequantize,
@@ -61,6 +62,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_fp8",
+    "linear_qkv",
     "permute",
     "permute_quantize_rowcol",
     "quantize_1x128",

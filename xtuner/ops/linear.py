@@ -15,19 +15,19 @@ from xtuner.ops._lib import OpError, autograd, define, once_differentiable
 _TORCH_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-# Between these numbers of outputs torch's float32 product is at the hardware's limit. With 8192 (a head) torch with MKL
-# takes 1.2 times as long forward and 1.05 times for the gradients, with 32 (a router) 1.1 to 1.3 times for all three.
-_NARROW, _WIDE = 64, 4096
+# With fewer rows torch's float32 product, of a vector then, is up to 4 times as fast; from here on the core's is 1.0 to
+# 1.4 times (bench/ops/bench_linear.py).
+_FEWEST_ROWS = 8
 
 
-def runs_in_core(device: torch.device, dtype: torch.dtype, num_outputs: int) -> bool:
-    """The one rule that picks who multiplies: torch, except on CPU for bfloat16 on a processor without instructions for
-    it, and for float32 with very many or very few outputs.
+def runs_in_core(device: torch.device, dtype: torch.dtype, num_rows: int) -> bool:
+    """The one rule that picks who multiplies: the core on CPU, but neither few rows of float32 nor bfloat16 where torch
+    has instructions for it.
     """
     if device.type != "cpu":
         return False
     if dtype == torch.float32:
-        return not _NARROW < num_outputs < _WIDE
+        return num_rows >= _FEWEST_ROWS
     return dtype == torch.bfloat16 and not _TORCH_HAS_BF16
 
 
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         OpError: shapes or dtypes that do not fit together.
     """
-    if not runs_in_core(x.device, x.dtype, weight.shape[0]):
+    if not runs_in_core(x.device, x.dtype, x.shape[:-1].numel()):
         return F.linear(x, weight, bias)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise OpError(f"linear: x {list(x.shape)} must end in the width of weight {list(weight.shape)}")

@@ -109,14 +109,14 @@ def _losses_in_torch_(logits: Tensor, labels: Tensor, weights: Tensor, gradient:
 
 
 def _product(a: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    if not runs_in_core(a.device, a.dtype, weight.shape[0]):
+    if not runs_in_core(a.device, a.dtype, a.shape[0]):
         return a @ (weight.T if transposed else weight)
     return torch.ops.xtuner.linear(a, weight) if transposed else torch.ops.xtuner.linear_dgrad(a, weight)
 
 
 def _add_outer(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """dweight += dlogits^T hidden, in float32."""
-    if runs_in_core(dlogits.device, dlogits.dtype, dlogits.shape[1]):
+    if runs_in_core(dlogits.device, dlogits.dtype, dlogits.shape[0]):
         one_group = torch.tensor([0, dlogits.shape[0]])
         _C.gemm_k_grouped(dlogits, hidden, one_group, 1.0, out=dweight[None], num_threads=torch.get_num_threads())
     elif dlogits.dtype == torch.float32:

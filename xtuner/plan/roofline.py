@@ -31,6 +31,10 @@ def arithmetic(func: torch._ops.OpOverload, args: Sequence[Any], result: Any) ->
     name = func.overloadpacket
     if name in (aten.mm, ours.linear, ours.linear_dgrad):
         return 2.0 * result.numel() * args[0].shape[1], "dense"
+    if name in (ours.linear_qkv, ours.linear_qkv_bwd):
+        backward = name is ours.linear_qkv_bwd
+        directions, (x, *weights) = (int(args[7]) + int(args[8]), args[3:7]) if backward else (1, args)
+        return 2.0 * directions * x.shape[0] * sum(w.numel() for w in weights), "dense"
     if name is ours.linear_wgrad:
         return 2.0 * result.numel() * args[0].shape[0], "dense"
     if name is aten.addmm:

@@ -17,6 +17,7 @@ struct GemmMGroupedOptions {
   const Tensor* bias = nullptr;  // as out [E, N]: added to each row of expert e in fp32
   const Tensor* act = nullptr;   // as out [R, N/2]: also swiglu(out), bit for bit as that op computes it from out
   SwigluParams swiglu;
+  bool accumulate = false;       // add to out, whose rows >= offsets[E] then stay as they are; neither bias nor act. CPU
 };
 
 // Each expert's rows times that expert's matrix, fp32 accumulation: with rows r in [offsets[e], offsets[e+1]),
