@@ -19,7 +19,6 @@ from device_layer import bench_layer
 from device_timing import Clock, machine
 
 from xtuner import ops
-from xtuner.ops import OpError
 
 MOVED = [(8192, 8, 128, 2048), (4096, 8, 256, 7168)]  # tokens, choices, experts, hidden: Qwen3-30B-A3B, DeepSeek-V3
 PRODUCTS = [  # experts, rows of all, N, K
@@ -56,7 +55,7 @@ class Report:
         for name, call in list(calls.items()):
             try:
                 call()
-            except (OpError, RuntimeError, NotImplementedError) as error:
+            except (ValueError, RuntimeError, NotImplementedError) as error:
                 self.missing[f"{op} {shape}: {name}"] = str(error).splitlines()[0]
                 del calls[name]
         if not calls:
@@ -145,17 +144,46 @@ def bench_products(report: Report, device: torch.device, experts: int, rows: int
     calls["cublas_dense"] = lambda: torch.mm(g.t(), x)
     report.case("gemm_k_grouped", shape, flop, "TFLOP/s", calls)
     bench_dswiglu(report, shape, flop, x, w.transpose(1, 2).contiguous(), offsets)
+
+
+def bench_fp8_products(report: Report, device: torch.device, experts: int, rows: int, n: int, k: int) -> None:
+    """Float8 against our bfloat16 kernels, alone and with the quantization of activations (weights are quantized once
+    per optimizer step), and against torch: its grouped product has one scale per row, its dense one scales as ours."""
+    shape, flop = f"E{experts} R{rows} N{n} K{k}", 2e-12 * rows * n * k
+    idx = torch.randint(experts, (rows,), device=device)
+    ends = torch.bincount(idx, minlength=experts).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+    w = torch.randn(experts, n, k, device=device, dtype=torch.bfloat16)
+    g = torch.randn(rows, n, device=device, dtype=torch.bfloat16)
     (xq, xs), (wq, _, ws) = ops.quantize_1x128(x, offsets), ops.quantize_128x128(w)
-    report.case(
-        "gemm_m_grouped_fp8",
-        shape,
-        flop,
-        "TFLOP/s",
-        {
-            "ours": partial(ops.gemm_m_grouped_fp8, xq, xs, wq, ws, offsets),
-            "our_bf16": partial(ops.gemm_m_grouped, x, w, offsets),
-        },
+
+    def quantize_and_multiply() -> None:
+        ops.gemm_m_grouped_fp8(*ops.quantize_1x128(x, offsets), wq, ws, offsets)
+
+    bf16 = partial(ops.gemm_m_grouped, x, w, offsets)
+    row_scales = torch.ones(rows, device=device), torch.ones(experts, n, device=device)
+    calls = {"ours": partial(ops.gemm_m_grouped_fp8, xq, xs, wq, ws, offsets), "our_bf16": bf16}
+    calls["scaled_grouped_mm"] = partial(
+        torch._scaled_grouped_mm, xq, wq.transpose(1, 2), *row_scales, offs=ends.int(), out_dtype=torch.bfloat16
     )
+    calls["scaled_mm_dense"] = partial(
+        torch._scaled_mm, xq, wq[0].t(), scale_a=xs[:, :rows].t(), scale_b=ws[0].t(), out_dtype=torch.bfloat16
+    )
+    report.case("gemm_m_grouped_fp8", shape, flop, "TFLOP/s", calls)
+    report.case("m_grouped, quantized", shape, flop, "TFLOP/s", {"ours": quantize_and_multiply, "our_bf16": bf16})
+
+    _, _, xt, xts = ops.quantize_rowcol(x, offsets)
+    _, _, gt, gts = ops.quantize_rowcol(g, offsets)
+
+    def quantize_and_multiply_k() -> None:
+        left, right = ops.quantize_rowcol(g, offsets)[2:], ops.quantize_rowcol(x, offsets)[2:]
+        ops.gemm_k_grouped_fp8(*left, *right, offsets)
+
+    bf16 = partial(ops.gemm_k_grouped, g, x, offsets, out_dtype=torch.float32)
+    ours = partial(ops.gemm_k_grouped_fp8, gt, gts, xt, xts, offsets)
+    report.case("gemm_k_grouped_fp8", shape, flop, "TFLOP/s", {"ours": ours, "our_bf16": bf16})
+    report.case("k_grouped, quantized", shape, flop, "TFLOP/s", {"ours": quantize_and_multiply_k, "our_bf16": bf16})
 
 
 def bench_dswiglu(report: Report, shape: str, flop: float, dy, b, offsets) -> None:
@@ -192,6 +220,8 @@ def main() -> None:
             bench_moved(report, device, *shape)
     for shape in SMALL_PRODUCTS if small else PRODUCTS:
         bench_products(report, device, *shape)
+    for shape in SMALL_PRODUCTS if small else PRODUCTS:
+        bench_fp8_products(report, device, *shape)
     for name, why in report.missing.items():
         print(f"not measured: {name}: {why}")
     if arguments.json:

@@ -35,6 +35,11 @@ struct KGroupedFp8 {
 void simple_m_grouped_fp8(const MGroupedFp8& g, Stream stream);
 void simple_k_grouped_fp8(const KGroupedFp8& g, Stream stream);
 
+namespace sm90 {  // at least one expert, k or columns > 0, scale_a_ld a multiple of 4, and sizes below 2^31
+void gemm_m_grouped_fp8(const MGroupedFp8& g, int multiprocessors, Stream stream);
+void gemm_k_grouped_fp8(const KGroupedFp8& g, int multiprocessors, Stream stream);
+}  // namespace sm90
+
 // Calls body(A{}, B{}) with the types of the operands' codes.
 template <class Body>
 void with_operands(DType a, DType b, const Body& body) {

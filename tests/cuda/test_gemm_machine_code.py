@@ -14,6 +14,7 @@ AMPERE = "sm80/gemm"
 # SwiGLU's backward: source, architecture, kernel, columns and rows of a warp.
 DSWIGLU = [("sm90/gemm_m_grouped", "sm_90a", "m_kernelILb0ELb0ELb1E", 128, 16),
            (AMPERE, "sm_80", "m_kernelILb0ELb1EE", 64, 32)]  # fmt: skip
+HOPPER_FP8 = {"sm90/gemm_m_grouped_fp8": 8, "sm90/gemm_k_grouped_fp8": 4}  # formats of both operands x widths
 GATHERED = re.compile(r"m_kernelILb\dELb1E|k_kernelILb1E")
 
 
@@ -39,6 +40,27 @@ def test_hopper_products_of_a_stage_run_on_without_waiting(source):
         text = " ".join(o for o in opcodes if re.match("HGMMA|WARPGROUP|WARPSYNC.COLLECTIVE", o))
         assert re.search(r"ARRIVE (HGMMA\S+ ){4}WARPGROUP.DEPBAR", text), (name, text)
         assert text.count("DEPBAR") == 2, (name, text)  # within the loop and behind it
+
+
+@pytest.mark.parametrize("source", HOPPER_FP8)
+def test_hopper_multiplies_float8_blocks(source):
+    found = functions(source, "sm_90a")
+    assert len(found) == HOPPER_FP8[source]
+    formats = []
+    for name, opcodes in found.items():
+        text = " ".join(o for o in opcodes if re.match(r"[QH]GMMA|WARPGROUP\.(ARRIVE|DEPBAR)", o))
+        parts = 2 if "Li256E" in name else 1  # of 128 columns: all 128 k, then their sums are added to those before
+        product = r"WARPGROUP\.ARRIVE (QGMMA\.64x128x32\.F32\.E\dM\d\.E\dM\d ){4}WARPGROUP\.DEPBAR\S*"
+        assert re.fullmatch(" ".join([product] * parts), text), (name, text)
+        assert {"UTMALDG", "SYNCS", "USETMAXREG"} <= kinds(opcodes), name
+        assert opcodes.count("FFMA") >= 64 * parts, name
+        assert [o for o in opcodes if re.match(r"STG\.E\S*\.128", o)], name
+        (of_kernel,) = set(re.findall(r"E\dM\d\.E\dM\d", text))
+        formats.append(of_kernel)
+    each = HOPPER_FP8[source] // 4
+    assert sorted(formats) == sorted(
+        f"{a}.{b}" for a in ("E4M3", "E5M2") for b in ("E4M3", "E5M2") for _ in range(each)
+    )
 
 
 @pytest.mark.parametrize("source", HOPPER)
@@ -75,6 +97,7 @@ def test_the_backward_of_swiglu_reads_rows_ahead(source, architecture, kernel, c
 
 
 @pytest.mark.parametrize("source", [*HOPPER, AMPERE])
+@pytest.mark.parametrize("source", [*HOPPER, *HOPPER_FP8, AMPERE])
 def test_products_fit_their_registers(source):
     """Registers of 65536: 384 threads of 168 on Hopper (which then pass some on), 256 threads on others."""
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
@@ -84,12 +107,12 @@ def test_products_fit_their_registers(source):
         assert (int(stack), int(local)) == (0, 0), name
         assert int(shared) <= 1024, name  # the system's own; ours is asked for at launch
         assert int(registers) <= (255 if source == AMPERE else 168), name
-    for architecture in ("sm_90a",) if source in HOPPER else ("sm_80", "sm_90a"):
+    for architecture in ("sm_90a",) if source != AMPERE else ("sm_80", "sm_90a"):
         for name, opcodes in functions(source, architecture).items():
             assert not kinds(opcodes) & {"LDL", "STL"}, name
 
 
 def test_hopper_code_is_built_for_nothing_else():
-    for source in HOPPER:
+    for source in [*HOPPER, *HOPPER_FP8]:
         assert set(re.findall(r"sm_\w+?(?=\.cubin)", cuobjdump(source, "-lelf"))) == {"sm_90a"}
         assert ".ptx" not in cuobjdump(source, "-lptx")

@@ -5,6 +5,7 @@
 
 #include "cuda/sm80/ptx.h"
 #include "cuda/sm90/operand.h"
+#include "xtuner/tensor.h"
 
 namespace xt::cuda {
 
@@ -49,6 +50,17 @@ __device__ __forceinline__ void sync_named() {
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void store_zeros(uint32_t to) {  // 16 bytes
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+}
+
+// ---- ordinary reads of shared memory ----
+
+__device__ __forceinline__ float load_shared(uint32_t from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ void load_shared(uint32_t from, float (&x)[2]) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(from) : "memory");
 }
 
 // ---- tile copies: the whole box arrives, zeros where it leaves the tensor ----
@@ -143,17 +155,22 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[32][4], uint64_t a, uint64
                : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(a_along_m), "n"(b_along_n));
 }
 
-// The same in float8 e4m3, d[64, 128] (+)= a[64, 32] b[32, 128]; both operands lie along k.
-__device__ __forceinline__ void wgmma_e4m3(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile("{\n"
-               ".reg .pred p;\n"
-               "setp.ne.b32 p, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " XT_NAMES_64
-               "%64, %65, p, 1, 1;\n"
-               "}"
-               : XT_SUMS_64(0)
-               : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
+// The same in float8, d[64, 128] (+)= a[64, 32] b[32, 128], each operand in its own format; both lie along k.
+#define XT_WGMMA_FP8(A, B) \
+  __device__ __forceinline__ void wgmma_fp8(A##_t, B##_t, float (&d)[16][4], uint64_t a, uint64_t b, bool add) { \
+    asm volatile("{\n" \
+                 ".reg .pred p;\n" \
+                 "setp.ne.b32 p, %66, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32." #A "." #B " " XT_NAMES_64 "%64, %65, p, 1, 1;\n" \
+                 "}" \
+                 : XT_SUMS_64(0) \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add))); \
+  }
+XT_WGMMA_FP8(e4m3, e4m3)
+XT_WGMMA_FP8(e4m3, e5m2)
+XT_WGMMA_FP8(e5m2, e4m3)
+XT_WGMMA_FP8(e5m2, e5m2)
+#undef XT_WGMMA_FP8
 
 #undef XT_SUMS_4
 #undef XT_SUMS_16

@@ -12,7 +12,7 @@
 namespace xt::cuda {
 
 // Dims from the innermost on; `strides` in bytes, of all dims but the innermost. A box arrives in shared memory with its
-// dims in this order, in lines of 128 bytes that are swizzled.
+// dims in this order: in lines of 128 bytes that are swizzled, or as it is.
 struct TensorMapShape {
   const void* data;
   CUtensorMapDataType type;
@@ -20,6 +20,7 @@ struct TensorMapShape {
   uint64_t dims[4];
   uint64_t strides[3];
   uint32_t box[4];
+  bool swizzled = true;
 };
 
 constexpr uint32_t line_bytes = 128;
@@ -28,12 +29,20 @@ template <class T>
 constexpr CUtensorMapDataType tensor_map_type = CU_TENSOR_MAP_DATA_TYPE_UINT8;  // float8
 template <>
 inline constexpr CUtensorMapDataType tensor_map_type<bf16_t> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+template <>
+inline constexpr CUtensorMapDataType tensor_map_type<float> = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
 
 // x[rows, cols]: boxes of `box_rows` rows by 128 bytes.
 template <class T>
 TensorMapShape map_of_rows(const T* x, int64_t rows, int64_t cols, int box_rows) {
   const auto r = static_cast<uint64_t>(rows), c = static_cast<uint64_t>(cols);
   return {x, tensor_map_type<T>, 2, {c, r}, {c * sizeof(T)}, {line_bytes / sizeof(T), static_cast<uint32_t>(box_rows)}};
+}
+
+// Scales of `lines` lines in each block of k: boxes of box_lines of one block.
+inline TensorMapShape map_of_scales(const float* s, int64_t k_blocks, int64_t lines, int box_lines) {
+  const auto b = static_cast<uint64_t>(k_blocks), l = static_cast<uint64_t>(lines);
+  return {s, tensor_map_type<float>, 2, {l, b}, {l * sizeof(float)}, {static_cast<uint32_t>(box_lines), 1}, false};
 }
 
 // b[E, halves * n, K]: boxes of box_n rows, which come in equal numbers from each half. Coordinates (k, n, 0, e).
@@ -73,8 +82,8 @@ inline CUtensorMap encode(const char* op, const TensorMapShape& s) {
   const uint32_t every_element[4] = {1, 1, 1, 1};
   const CUresult result = encode_function(op)(
       &map, s.type, s.rank, const_cast<void*>(s.data), s.dims, s.strides, s.box, every_element,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_INTERLEAVE_NONE, s.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) fail(op, ": the CUDA driver refuses the tensor map (error ", static_cast<int>(result), ")");
   return map;
 }

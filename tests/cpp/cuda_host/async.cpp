@@ -1,5 +1,7 @@
 #include "async.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -42,10 +44,13 @@ struct Groups {
   bool empty() const { return closed.empty() && open.empty(); }
 };
 
+using Clocks = std::array<uint32_t, max_threads>;
+
 struct Barrier {
   int arrivals, pending;
   int64_t bytes = 0;  // still expected in this phase
   uint32_t phase = 0;
+  Clocks released = {};  // up to which clock of each thread the arrivals are ordered behind
 
   void settle() {
     if (pending || bytes) return;
@@ -56,6 +61,10 @@ struct Barrier {
 
 Groups copies[max_threads], products[max_threads];
 std::map<uint32_t, Barrier> barriers;
+// Ordinary reads of each 16-byte unit: the thread's clock at its last one. A tile copy may replace what was read only if
+// barriers order it behind.
+std::map<uint32_t, std::map<unsigned, uint32_t>> reads;
+std::vector<Clocks> behind;  // per thread: clocks that its waits have ordered before it
 std::deque<Action> tiles;  // copies of tiles that have not arrived yet
 
 bool late_copies() { return schedule() & 1; }
@@ -85,25 +94,29 @@ float widen(uint16_t bits) {
   return f;
 }
 
-float e4m3(unsigned char code) {
-  if ((code & 0x7f) == 0x7f) return NAN;
-  const int exponent = code >> 3 & 15, mantissa = code & 7;
-  const float size = std::ldexp(static_cast<float>(exponent ? mantissa + 8 : mantissa), (exponent ? exponent : 1) - 10);
+float float8(Format format, unsigned char code) {
+  const bool e4m3 = format == Format::e4m3;
+  const int bits = e4m3 ? 3 : 2, bias = e4m3 ? 7 : 15, one = 1 << bits;
+  const int exponent = (code & 0x7f) >> bits, mantissa = code & (one - 1);
+  if (e4m3 ? (code & 0x7f) == 0x7f : exponent == 31 && mantissa) return NAN;
+  const float units = static_cast<float>(exponent ? mantissa + one : mantissa);
+  const float size = !e4m3 && exponent == 31 ? INFINITY : std::ldexp(units, (exponent ? exponent : 1) - bias - bits);
   return code & 0x80 ? -size : size;
 }
 
 // What a product reads through an operand's descriptor.
 class Operand {
  public:
-  Operand(uint64_t bits, bool along_mn, Format format)
-      : start_(static_cast<uint32_t>(bits & 0x3fff) << 4),
-        leading_(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        stride_(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
-        along_mn_(along_mn),
-        format_(format) {
+  explicit Operand(const WgmmaOperand& o)
+      : start_(static_cast<uint32_t>(o.descriptor & 0x3fff) << 4),
+        leading_(static_cast<uint32_t>(o.descriptor >> 16 & 0x3fff) << 4),
+        stride_(static_cast<uint32_t>(o.descriptor >> 32 & 0x3fff) << 4),
+        along_mn_(o.along_mn),
+        format_(o.format) {
+    const uint64_t bits = o.descriptor;
     if (bits >> 62 != 1) fail("product: only the 128-byte swizzle is modelled");
     if (bits >> 49 & 7) fail("product: the operand's base offset must be 0");
-    if (along_mn && (format != Format::bf16 || start_ % 1024)) fail("product: operand along m or n is not possible so");
+    if (along_mn_ && (format_ != Format::bf16 || start_ % 1024)) fail("product: operand along m or n is not possible so");
   }
 
   float get(int mn, int k) const {
@@ -117,7 +130,7 @@ class Operand {
     if (!inside(address, 2)) fail("product: operand outside of the shared memory that was asked for");
     if (writer(address)) fail("product: reads what an ordinary access wrote and no fence made known");
     const unsigned char* p = memory + (address - base);
-    if (format_ == Format::e4m3) return e4m3(*p);
+    if (format_ != Format::bf16) return float8(format_, *p);
     return widen(static_cast<uint16_t>(p[0] | p[1] << 8));
   }
 
@@ -161,7 +174,7 @@ void copy_box(uint32_t to, const TensorMap& map, const std::vector<int>& first, 
       real = real && place >= 0 && static_cast<uint64_t>(place) < map.dims[dim];
       from += place * static_cast<int64_t>(map.strides[dim]);
     }
-    const uint32_t address = swizzle_128(to + static_cast<uint32_t>(i * size));
+    const uint32_t plain = to + static_cast<uint32_t>(i * size), address = map.swizzled ? swizzle_128(plain) : plain;
     unsigned char* p = memory + (address - base);
     if (real) {
       std::memcpy(p, from, size);
@@ -239,6 +252,8 @@ void start_async_block(size_t dynamic_shared_bytes) {
   }
   barriers.clear();
   tiles.clear();
+  reads.clear();
+  behind.assign(max_threads, {});
 }
 
 const char* unfinished() {
@@ -291,6 +306,8 @@ void barrier_init(uint32_t barrier, int arrivals) {
 
 void barrier_arrive(uint32_t barrier, int expect_bytes) {
   Barrier& b = barrier_at(barrier);
+  const unsigned thread = thread_index(), first = thread / 32 * 32;
+  for (unsigned l = 0; l < 32; ++l) b.released[first + l] = std::max(b.released[first + l], warp_clocks()[l]);
   if (--b.pending < 0) fail("barrier " + std::to_string(barrier) + ": more arrivals than it was initialised with");
   b.bytes += expect_bytes;
   b.settle();
@@ -301,6 +318,9 @@ bool barrier_over(uint32_t barrier, uint32_t parity) { return barriers.at(barrie
 void barrier_wait(uint32_t barrier, uint32_t parity) {
   barrier_at(barrier);
   if (!barrier_over(barrier, parity)) wait_for_barrier(barrier, parity);
+  Clocks& mine = behind[thread_index()];
+  const Clocks& released = barrier_at(barrier).released;
+  std::transform(mine.begin(), mine.end(), released.begin(), mine.begin(), [](auto a, auto b) { return std::max(a, b); });
 }
 
 void sync_named(int id, int threads) {
@@ -321,13 +341,30 @@ void store_zeros(uint32_t to) {
   writer(to) = static_cast<int16_t>(thread_index() + 1);
 }
 
+void load_shared(uint32_t from, float* x, int count) {
+  const unsigned char* p = at(from, 4 * static_cast<size_t>(count));
+  if (from % (4 * static_cast<uint32_t>(count))) fail("load from a misaligned address");
+  std::memcpy(x, p, 4 * static_cast<size_t>(count));
+  const unsigned thread = thread_index();
+  reads[from / 16][thread] = warp_clocks()[thread % 32];
+}
+
 void load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, const int* coordinates, int rank) {
   if (rank != map.rank) fail("tile copy: the tensor map has another rank");
-  if (to % 1024) fail("tile copy: not at a multiple of 1024 bytes");
+  if (to % (map.swizzled ? 1024 : 128)) fail("tile copy: to a misaligned address");
   size_t bytes = static_cast<size_t>(map.element_bytes);
   for (int i = 0; i < rank; ++i) bytes *= map.box[i];
   at(to, bytes);
   barrier_at(barrier);
+  const auto begin = reads.lower_bound(to / 16), end = reads.lower_bound(static_cast<uint32_t>(to + bytes + 15) / 16);
+  for (auto unit = begin; unit != end; ++unit) {
+    for (const auto& [reader, clock] : unit->second) {
+      if (behind[thread_index()][reader] < clock) {
+        fail("tile copy: over what thread " + std::to_string(reader) + " reads, in no order");
+      }
+    }
+  }
+  reads.erase(begin, end);
   const std::vector<int> first(coordinates, coordinates + rank);
   const Action copy = [=] { copy_box(to, map, first, barrier); };
   if (late_copies()) {
@@ -346,11 +383,10 @@ bool finish_one_copy() {
   return true;
 }
 
-void wgmma(float* d, int blocks, uint64_t a, uint64_t b, bool add, bool a_along_m, bool b_along_n, Format format) {
+void wgmma(float* d, int blocks, WgmmaOperand a, WgmmaOperand b, bool add) {
   const unsigned thread = thread_index();
   const Action product = [=] {
-    multiply(d, blocks, Operand(a, a_along_m, format), Operand(b, b_along_n, format), add,
-             format == Format::bf16 ? 16 : 32, thread);
+    multiply(d, blocks, Operand(a), Operand(b), add, a.format == Format::bf16 ? 16 : 32, thread);
   };
   if (!late_products()) product();
   products[thread].open.push_back(late_products() ? product : Action([] {}));

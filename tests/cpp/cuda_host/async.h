@@ -25,6 +25,7 @@ struct TensorMap {  // what the driver puts into a descriptor
   int element_bytes, rank;
   uint64_t dims[5], strides[5];  // strides in bytes, of all dims
   uint32_t box[5];
+  bool swizzled;
 };
 
 void barrier_init(uint32_t barrier, int arrivals);
@@ -33,11 +34,17 @@ void barrier_wait(uint32_t barrier, uint32_t parity);
 void sync_named(int id, int threads);
 void fence_proxy_async();
 void store_zeros(uint32_t to);
+void load_shared(uint32_t from, float* x, int count);
 void load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, const int* coordinates, int rank);
 
-enum class Format { bf16, e4m3 };
+enum class Format { bf16, e4m3, e5m2 };
 // d[64, 8 * blocks] (+)= a b over 32 bytes of k.
-void wgmma(float* d, int blocks, uint64_t a, uint64_t b, bool add, bool a_along_m, bool b_along_n, Format format);
+struct WgmmaOperand {
+  uint64_t descriptor;
+  Format format;
+  bool along_mn;  // else along k
+};
+void wgmma(float* d, int blocks, WgmmaOperand a, WgmmaOperand b, bool add);
 void wgmma_commit();
 void wgmma_wait(int pending);
 

@@ -39,6 +39,17 @@ void run_products(Rng& rng, int compute_capability_major) {
   cuda_host::gpu() = {};
 }
 
+void run_hopper_fp8_products(Rng& rng) {
+  cuda_host::gpu() = {9, 1};
+  MFp8Case m;
+  m.rows = {3, 2}, m.k = 1024;
+  m_grouped_fp8_case(rng, m);
+  KFp8Case k;
+  k.rows = {900, 129};
+  k_grouped_fp8_case(rng, k);
+  cuda_host::gpu() = {};
+}
+
 // Enough of the kernels of each source with barriers to need each of them.
 const std::map<std::string, std::function<void(Rng&)>> kernels_of = {
     {"route_map.cu",
@@ -70,6 +81,8 @@ const std::map<std::string, std::function<void(Rng&)>> kernels_of = {
     {"gemm.cu", [](Rng& rng) { run_products(rng, 8); }},
     {"gemm_epilogue.h", [](Rng& rng) { run_products(rng, 8); }},
     {"gemm_m_grouped.cu", [](Rng& rng) { run_products(rng, 9); }},
+    {"gemm_m_grouped_fp8.cu", run_hopper_fp8_products},
+    {"gemm_k_grouped_fp8.cu", run_hopper_fp8_products},
     {"gemm_k_grouped.cu", [](Rng& rng) { run_products(rng, 9); }},
 };
 

@@ -7,7 +7,7 @@ struct alignas(64) CUtensorMap {
 };
 
 enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
-enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 };
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0, CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
 enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
 enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
@@ -17,10 +17,11 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
                                        const uint64_t* dims, const uint64_t* strides, const uint32_t* box,
                                        const uint32_t* element_strides, CUtensorMapInterleave,
                                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  const int size = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 1;
+  const int size = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 1;
+  const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   bool ok = address && reinterpret_cast<uintptr_t>(address) % 16 == 0 && rank >= 1 && rank <= 5 &&
-            swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * size <= 128 && box[0] * size % 16 == 0;
-  cuda_host::TensorMap t = {static_cast<const char*>(address), size, static_cast<int>(rank), {}, {}, {}};
+            (!swizzled || box[0] * size <= 128) && box[0] * size % 16 == 0;
+  cuda_host::TensorMap t = {static_cast<const char*>(address), size, static_cast<int>(rank), {}, {}, {}, swizzled};
   for (uint32_t i = 0; ok && i < rank; ++i) {
     t.dims[i] = dims[i];
     t.box[i] = box[i];

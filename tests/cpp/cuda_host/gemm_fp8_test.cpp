@@ -1,6 +1,6 @@
 // float8 grouped products of the CUDA kernels on the double, against the CPU core: plain kernels, and Hopper's.
+#include "cuda/heuristics.h"
 #include "gemm_fp8_cases.h"
-
 #include "xtuner/ops/gemm_k_grouped_fp8.h"
 #include "xtuner/ops/gemm_m_grouped_fp8.h"
 
@@ -61,6 +61,27 @@ TEST_P(CudaGemmFp8, KGroupedMatchesTheCpu) {
     cuda_host::set_schedule(trial % 4);
     ASSERT_NO_THROW(k_grouped_fp8_case(rng, c)) << c.name() << " schedule " << trial % 4;
   }
+}
+
+// More blocks of k than there are stages, in every schedule, for both widths of a tile of out[R, N].
+TEST(CudaRingFp8, StagesAreReused) {
+  Rng rng(6);
+  cuda_host::gpu() = {9, 1};
+  for (unsigned schedule = 0; schedule < 4; ++schedule) {
+    cuda_host::set_schedule(schedule);
+    MFp8Case m;
+    m.rows = {5, 3}, m.k = 1024;
+    for (int64_t n : {128, 256}) {
+      m.n = n;
+      ASSERT_EQ(cuda::m_grouped_config(8, 2, n, 1).block_n, n);
+      ASSERT_NO_THROW(m_grouped_fp8_case(rng, m)) << m.name() << " schedule " << schedule;
+    }
+    KFp8Case k;
+    k.rows = {900, 129};
+    ASSERT_NO_THROW(k_grouped_fp8_case(rng, k)) << k.name() << " schedule " << schedule;
+  }
+  cuda_host::gpu() = {};
+  cuda_host::set_schedule(0);
 }
 
 // One expert takes all, at a size of Qwen3-30B-A3B's experts.
@@ -146,7 +167,7 @@ TEST_P(CudaGemmFp8, RefusesMisalignedMemory) {
   expect_error([&] { call(0, 4); }, "gemm_m_grouped_fp8: scale_a must start at a multiple of 16 bytes");
 }
 
-INSTANTIATE_TEST_SUITE_P(Paths, CudaGemmFp8, testing::Values(Path{"plain", 8, 4, {128, 256}}),
+INSTANTIATE_TEST_SUITE_P(Paths, CudaGemmFp8, testing::Values(Path{"plain", 8, 4, {128, 256}}, Path{"wgmma", 9, 8, {128, 256, 384}}),
                          [](const auto& p) { return p.param.name; });
 
 }  // namespace

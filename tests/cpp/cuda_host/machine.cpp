@@ -369,6 +369,7 @@ void atomic_access(const void* p, size_t bytes) {
 }
 
 unsigned schedule() { return seed; }
+const uint32_t* warp_clocks() { return machine.fibre().clocks; }
 void fail(const std::string& what) { machine.fail(what); }
 void checked_access(const void* p, size_t bytes, bool write) { access(p, bytes, write ? Kind::write : Kind::read); }
 

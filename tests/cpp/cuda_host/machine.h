@@ -59,6 +59,7 @@ unsigned long long atomic_min(unsigned long long* p, unsigned long long v);
 // ---- for async.cpp ----
 unsigned schedule();
 void fail(const std::string& what);  // ends the launch
+const uint32_t* warp_clocks();        // of this thread: up to which of its clocks each lane of the warp is ordered before
 void checked_access(const void* p, size_t bytes, bool write);
 void wait_for_barrier(uint32_t barrier, uint32_t parity);
 void wait_for_named(int id, int threads);

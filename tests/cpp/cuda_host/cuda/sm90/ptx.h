@@ -3,6 +3,7 @@
 #include "cuda.h"
 #include "cuda/sm80/ptx.h"
 #include "cuda/sm90/operand.h"
+#include "xtuner/tensor.h"
 
 namespace xt::cuda {
 
@@ -18,6 +19,13 @@ void sync_named() {
 
 inline void fence_proxy_async() { cuda_host::fence_proxy_async(); }
 inline void store_zeros(uint32_t to) { cuda_host::store_zeros(to); }
+
+inline float load_shared(uint32_t from) {
+  float x;
+  cuda_host::load_shared(from, &x, 1);
+  return x;
+}
+inline void load_shared(uint32_t from, float (&x)[2]) { cuda_host::load_shared(from, x, 2); }
 
 inline void prefetch_map(const CUtensorMap&) {}
 inline void load_tile(uint32_t to, const CUtensorMap& map, uint32_t barrier, int c0, int c1) {
@@ -45,11 +53,14 @@ void sums_ready(float (&)[blocks][4]) {}
 
 template <bool a_along_m, bool b_along_n, int blocks>
 void wgmma_bf16(float (&d)[blocks][4], uint64_t a, uint64_t b, bool add) {
-  cuda_host::wgmma(d[0], blocks, a, b, add, a_along_m, b_along_n, cuda_host::Format::bf16);
+  constexpr auto bf16 = cuda_host::Format::bf16;
+  cuda_host::wgmma(d[0], blocks, {a, bf16, a_along_m}, {b, bf16, b_along_n}, add);
 }
-template <int blocks>
-void wgmma_e4m3(float (&d)[blocks][4], uint64_t a, uint64_t b, bool add) {
-  cuda_host::wgmma(d[0], blocks, a, b, add, false, false, cuda_host::Format::e4m3);
+inline cuda_host::Format format_of(e4m3_t) { return cuda_host::Format::e4m3; }
+inline cuda_host::Format format_of(e5m2_t) { return cuda_host::Format::e5m2; }
+template <class A, class B, int blocks>
+void wgmma_fp8(A, B, float (&d)[blocks][4], uint64_t a, uint64_t b, bool add) {
+  cuda_host::wgmma(d[0], blocks, {a, format_of(A{}), false}, {b, format_of(B{}), false}, add);
 }
 
 }  // namespace xt::cuda
