@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"] and {"-h", "--help"} & set(argv) and len(argv) > 2:
         argv = ["fields", *[a for a in argv[1:] if a not in ("-h", "--help")]]
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         return args.run(args) or 0
     except OutOfMemoryError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -47,9 +47,8 @@ class MatrixExchange:
 
     def __init__(self, params: Sequence[Tensor], num_matrices: Sequence[int], load: list[float]):
         self.rank, self.size = _rank(), _world_size()
-        locals_, firsts = zip(*(local_rows(p) for p in params), strict=True)
-        self.first_rows, self.widths = list(firsts), [p.shape[1] for p in params]
-        shards = _all_gather([(first, first + len(local)) for first, local in zip(firsts, locals_, strict=True)])
+        self.first_rows, self.widths = [local_rows(p)[1] for p in params], [p.shape[1] for p in params]
+        shards = rows_of_all_ranks(params)
         self.matrices: list[Matrix] = []
         for index, (param, count) in enumerate(zip(params, num_matrices, strict=True)):
             held = [Rows(rank, *shards[rank][index]) for rank in range(self.size)]
@@ -115,18 +114,23 @@ def _all_to_all(
     """Exchange lists of matrices; `incoming` gives the shapes of what each rank sends here."""
     if len(outgoing) == 1:
         return outgoing
-    flat = [torch.cat([t.reshape(-1) for t in tensors]) if tensors else like.new_empty(0) for tensors in outgoing]
-    sizes = [sum(rows * width for rows, width in shapes) for shapes in incoming]
-    received = like.new_empty(sum(sizes))
-    dist.all_to_all_single(received, torch.cat(flat), sizes, [len(t) for t in flat])
-    result = []
-    for block, shapes in zip(received.split(sizes), incoming, strict=True):
-        parts = block.split([rows * width for rows, width in shapes]) if shapes else []
-        result.append([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
-    return result
+    # Most ranks have nothing for each other, so nothing is done rank by rank.
+    flat = [t.reshape(-1) for tensors in outgoing for t in tensors]
+    received = like.new_empty(sum(rows * width for shapes in incoming for rows, width in shapes))
+    dist.all_to_all_single(
+        received,
+        torch.cat(flat) if flat else like.new_empty(0),
+        [sum(rows * width for rows, width in shapes) for shapes in incoming],
+        [sum(t.numel() for t in tensors) for tensors in outgoing],
+    )
+    parts = iter(received.split([rows * width for shapes in incoming for rows, width in shapes]))
+    return [[next(parts).view(shape) for shape in shapes] for shapes in incoming]
 
 
-def _all_gather(mine: object) -> list:
+def rows_of_all_ranks(params: Sequence[Tensor]) -> list[list[tuple[int, int]]]:
+    """For each rank the first row of its shard of each of `params`, and the row after its last. Collective."""
+    shards = [local_rows(p) for p in params]
+    mine = [(first, first + len(local)) for local, first in shards]
     gathered = [mine] * _world_size()
     if _world_size() > 1:
         dist.all_gather_object(gathered, mine)

@@ -136,8 +136,7 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
 def newton_schulz(x_BMN: Tensor) -> Tensor:
     """Every matrix with its singular values moved near 1; zero stays zero."""
     a, b, c = QUINTIC
-    dtype = torch.bfloat16 if x_BMN.is_cuda else torch.float32
-    y = x_BMN.to(dtype)
+    y = x_BMN.to(product_dtype(x_BMN.device))
     tall = y.shape[1] > y.shape[2]
     if tall:
         y = y.mT
@@ -146,6 +145,10 @@ def newton_schulz(x_BMN: Tensor) -> Tensor:
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
     return (y.mT if tall else y).to(x_BMN.dtype)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _buckets(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -8,7 +8,7 @@ from xtuner.config import ModelConfig, TrainConfig, with_overrides
 from xtuner.errors import ConfigError
 from xtuner.parallel import check_layout
 from xtuner.plan.device import Device
-from xtuner.plan.search import _estimate as estimate
+from xtuner.plan.extrapolate import estimate
 
 
 def advice(
@@ -29,16 +29,17 @@ def advice(
     Returns:
         Overrides as they are typed after a CONFIG, several with spaces between. Peaks are continued from few blocks.
     """
-    before, _ = estimate(cfg, arch, num_ranks, device, document, imbalance)
+    before = estimate(cfg, arch, num_ranks, device, document, imbalance).peak
     found = []
     for overrides in _changes(cfg, arch, num_ranks, on_host):
         try:
             changed = with_overrides(cfg, overrides)
             check_layout(changed.parallel, arch, num_ranks)
+            tokens = min(document, changed.data.pack_max_length)
+            after = estimate(changed, arch, num_ranks, device, tokens, imbalance).peak
         except ConfigError:
             continue  # this run cannot have it
-        after, _ = estimate(changed, arch, num_ranks, device, min(document, changed.data.pack_max_length), imbalance)
-        found.append((" ".join(overrides), int(before - after)))
+        found.append((" ".join(overrides), before - after))
     return sorted(((name, size) for name, size in found if size > 0), key=lambda item: -item[1])
 
 

@@ -21,11 +21,12 @@ class Device:
     name: str
     memory_gib: float
     bf16: float
-    fp8: float
     hbm: float
     link: float
     network: float
+    host: float
     per_node: int
+    fp8: float | None = None
 
 
 DEVICES = {name: Device(name, **fields) for name, fields in _DATA.items() if name not in _APART}

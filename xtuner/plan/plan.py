@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from xtuner.errors import ConfigError
 from xtuner.models import flops_per_token
 from xtuner.plan.advice import advice
 from xtuner.plan.device import OVERHEAD, Device, get_device
+from xtuner.plan.roofline import BESIDE
 from xtuner.plan.simulate import Simulation, simulate
 from xtuner.plan.timeline import plot_timeline
 from xtuner.plan.tracker import KINDS
@@ -73,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--document", type=int, help="tokens of each document; default: the micro-batch is one")
     parser.add_argument("--imbalance", type=float, default=1.0, help="rows of this rank's experts over the mean")
     parser.add_argument("--search", action="store_true", help="try layouts, and list those that fit, best first")
+    parser.add_argument("--longest", action="store_true", help="find the largest data.pack_max_length that fits")
     parser.add_argument("--png", type=Path, help="where to draw memory over the step")
 
 
@@ -84,11 +87,15 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--gpus={args.gpus} and --imbalance={args.imbalance} must be at least 1")
     arch, _ = resolve_model(cfg)
     document = min(args.document or cfg.data.pack_max_length * cfg.micro_batch_size, cfg.data.pack_max_length)
-    if args.search:
-        from xtuner.plan.search import search
-
-        return search(cfg, arch, args.gpus, device, document, args.imbalance)
     started = time.perf_counter()
+    if args.search:
+        from xtuner.plan.search import print_search
+
+        return print_search(cfg, arch, args.gpus, device, document, args.imbalance)
+    if args.longest:
+        from xtuner.plan.search import longest
+
+        cfg, document = longest(cfg, arch, args.gpus, device, args.document, args.imbalance)
     simulation = simulate(cfg, arch, args.gpus, device, document, args.imbalance)
     plan = make_plan(arch, cfg, simulation, device, document)
     _print(plan, simulation, cfg, arch, args, document, time.perf_counter() - started)
@@ -99,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _print(
-    plan: Plan, sim: Simulation, cfg: TrainConfig, arch: ModelConfig, args, document: int, took: float
+    plan: Plan, sim: Simulation, cfg: TrainConfig, arch: ModelConfig, args: Namespace, document: int, took: float
 ) -> None:
     name = cfg.model.name or cfg.model.path or "the model"
     print(f"{name} on {args.gpus} x {plan.device.name}: {plan.tokens:,} tokens per device and step, "
@@ -110,9 +117,7 @@ def _print(
     for kind, size in plan.by_kind.items():
         print(f"  {kind:14} {size / GIB:8.2f} GiB")
     if not plan.fits:
-        print("\nwhat would save how much at the peak")
-        for setting, size in advice(cfg, arch, args.gpus, plan.device, document, args.imbalance):
-            print(f"  {setting:34} {size / GIB:8.2f} GiB")
+        print_advice(cfg, arch, args.gpus, plan.device, document, args.imbalance)
     print("\ntraffic of one device in a step, sent")
     for (collective, link), size in sorted(sim.clock.traffic.items()):
         if size >= 1e6:
@@ -123,6 +128,14 @@ def _print(
     speed = f"{plan.tokens_per_second:,.0f} tokens/device/s, MFU {plan.mfu:.3f}"
     print(f"\ntime    {plan.step_seconds:.2f} s a step, {speed}")
     for what, value in sorted(seconds.items(), key=lambda item: -item[1]):
-        note = " (beside the others)" if what == "gather" else ""
+        note = " (beside the others)" if what in BESIDE else ""
         print(f"  {what:18} {value:7.2f} s{note}")
     print(f"\nplanned in {took:.0f} s")
+
+
+def print_advice(
+    cfg: TrainConfig, arch: ModelConfig, gpus: int, device: Device, document: int, imbalance: float
+) -> None:
+    print("\nwhat would save how much at the peak")
+    for setting, size in advice(cfg, arch, gpus, device, document, imbalance):
+        print(f"  {setting:34} {size / GIB:8.2f} GiB")

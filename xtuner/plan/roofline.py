@@ -1,28 +1,30 @@
 """Time of operators and collectives on a device: the slower of arithmetic and memory, each at a part of its peak.
 
-Efficiencies are those of devices.toml. Operators follow each other on a device; FSDP's gathers and reductions run
-beside them, the exchanges of expert and sequence parallelism do not.
+Efficiencies are those of devices.toml. Operators follow each other on a device; FSDP's gathers and reductions, and
+copies to and from the host, run beside them; the exchanges of expert and sequence parallelism do not.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._tools.fake_collectives import CollectiveOp, non_functional_collectives, sync_ops
 from torch.utils._pytree import tree_leaves
 
 from xtuner.plan.device import EFFICIENCY, Device
+from xtuner.plan.internals import CollectiveOp, non_functional_collectives, sync_ops
 
 aten, ours, c10d = torch.ops.aten, torch.ops.xtuner, torch.ops.c10d
 _VIEWS = ("view", "t", "detach", "alias", "slice", "select", "split", "expand", "transpose", "unsqueeze", "as_strided",
-          "_unsafe_view", "empty", "new_empty", "empty_like", "chunk", "permute", "squeeze", "unbind", "to_device",
-          "to_host", "split_with_sizes", "wait_tensor", "unfold")  # fmt: skip
+          "_unsafe_view", "empty", "new_empty", "empty_like", "chunk", "permute", "squeeze", "unbind",
+          "split_with_sizes", "wait_tensor", "unfold")  # fmt: skip
+_HOST_COPIES = (ours.to_host.default, ours.to_device.default)
+BESIDE = ("gather", "host")  # FSDP2's collectives, copies between host and device
 _OVERLAPPED = {c10d._allgather_base_.default, c10d._reduce_scatter_base_.default, c10d.allreduce_.default}
 
 
@@ -37,6 +39,8 @@ def arithmetic(func: torch._ops.OpOverload, args: Sequence[Any], result: Any) ->
         return 2.0 * directions * x.shape[0] * sum(w.numel() for w in weights), "dense"
     if name is ours.linear_wgrad:
         return 2.0 * result.numel() * args[0].shape[0], "dense"
+    if name is aten.bmm:
+        return 2.0 * result.numel() * args[0].shape[2], "dense"
     if name is aten.addmm:
         return 2.0 * result.numel() * args[1].shape[1], "dense"
     if name is ours.linear_cross_entropy:
@@ -48,6 +52,13 @@ def arithmetic(func: torch._ops.OpOverload, args: Sequence[Any], result: Any) ->
         return 2.0 * rows * weight.shape[1] * weight.shape[2], "grouped"
     if name in (ours.gemm_k_grouped, ours.gemm_k_grouped_):
         return 2.0 * _rows(args) * math.prod((result if name is ours.gemm_k_grouped else args[0]).shape[1:]), "grouped"
+    if name is ours.gemm_m_grouped_fp8:
+        a, weight = args[0], args[2]
+        return 2.0 * a.numel() * weight.shape[1], "dense_fp8" if weight.shape[0] == 1 else "grouped_fp8"
+    if name in (ours.gemm_k_grouped_fp8, ours.gemm_k_grouped_fp8_):
+        a, _, b, _, offsets = args[:5] if name is ours.gemm_k_grouped_fp8 else args[1:6]
+        # Columns are tokens, and room to pad every expert's.
+        return 2.0 * a.numel() * b.shape[0], "dense_fp8" if offsets.shape[0] == 2 else "grouped_fp8"
     if name is ours.attention:
         return _attention(*args[:3], args[5]), "attention"
     if name is ours.attention_bwd:
@@ -77,7 +88,7 @@ def touched_bytes(func: torch._ops.OpOverload, args: Sequence[Any], result: Any)
 class Clock:
     """Adds up a rank's time by phase and what its collectives move.
 
-    seconds   (phase, what) -> seconds; what is an entry of EFFICIENCY, "exchange" (waited for) or "gather" (beside)
+    seconds   (phase, what) -> seconds; what is an entry of EFFICIENCY or "exchange" (waited for), or one of BESIDE
     traffic   (collective, link) -> bytes that this rank sends
     """
 
@@ -93,6 +104,9 @@ class Clock:
         if func in non_functional_collectives:
             self._collective(phase, func, args, result)
             return
+        if func in _HOST_COPIES:
+            self.seconds[phase, "host"] += touched_bytes(func, args, ()) / (self.device.host * 1e9 * EFFICIENCY["host"])
+            return
         work, memory = arithmetic(func, args, result), touched_bytes(func, args, result)
         at_memory = memory / (self.device.hbm * 1e9 * EFFICIENCY["memory"])
         if work is None:
@@ -100,7 +114,8 @@ class Clock:
             return
         flops, kind = work
         self.flops += flops
-        at_peak = flops / (self.device.bf16 * 1e12 * EFFICIENCY[kind])
+        rate = self.device.fp8 if kind.endswith("fp8") else self.device.bf16
+        at_peak = flops / (rate * 1e12 * EFFICIENCY[kind])
         self.seconds[phase, kind] += max(at_peak, at_memory)
 
     def _collective(self, phase: str, func: torch._ops.OpOverload, args: Sequence[Any], result: Any) -> None:
@@ -121,10 +136,14 @@ class Clock:
         self.seconds[phase, "gather" if func in _OVERLAPPED else "exchange"] += seconds
 
     def step_seconds(self) -> float:
-        """Phases follow each other; in each, gathers run beside the rest."""
-        total = 0.0
-        for phase in {phase for phase, _ in self.seconds}:
-            parts = {what: s for (p, what), s in self.seconds.items() if p == phase}
-            beside = parts.pop("gather", 0.0)
-            total += max(sum(parts.values()), beside)
-        return total
+        return step_seconds(self.seconds)
+
+
+def step_seconds(seconds: Mapping[tuple[str, str], float]) -> float:
+    """Phases follow each other; in each, what is of BESIDE runs beside the rest."""
+    total = 0.0
+    for phase in {phase for phase, _ in seconds}:
+        parts = {what: s for (p, what), s in seconds.items() if p == phase}
+        beside = [parts.pop(what, 0.0) for what in BESIDE]
+        total += max(sum(parts.values()), *beside)
+    return total

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed.tensor._sharding_prop as sharding_prop
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from xtuner.ops import Float8Weight
+from xtuner.plan.internals import SHAPE_FINDERS, AsyncCollectiveTensor, ShardingPropagator
 from xtuner.plan.workspace import workspace_bytes
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "workspace", "host")
@@ -55,7 +55,9 @@ class MemoryTracker(TorchDispatchMode):
         self.now, self.peak, self.peak_phase = Usage(), Usage(), ""
         self.host_peak = 0
         self.phase_peaks: dict[str, int] = defaultdict(int)
-        self.timeline: list[tuple[str, Usage]] = []
+        self.timeline: list[tuple[str, int]] = []  # phase, device bytes
+        self.windows: list[tuple[str, int]] = []  # phase, its peak, of parts that `mark` ends
+        self._window_peak = 0
         self._sizes: dict[int, tuple[int, str]] = {}  # storage -> bytes, kind
         self._phase, self._kind, self._paused = "", "activations", 0
 
@@ -63,17 +65,25 @@ class MemoryTracker(TorchDispatchMode):
     def phase(self, name: str, kind: str = "activations") -> Iterator[None]:
         """Name a part of the step; what it makes is of `kind` unless an operator says otherwise."""
         before = self._phase, self._kind
+        self.mark()
         self._phase, self._kind = name, kind
         try:
             self._note()
             yield
         finally:
+            self.mark()
             self._phase, self._kind = before
 
     def enter(self, name: str) -> None:
         """The next part of the step begins, which makes activations."""
+        self.mark()
         self._phase, self._kind = name, "activations"
         self._note()
+
+    def mark(self) -> None:
+        """One window of a phase ends and another begins; the peak of each is kept apart."""
+        self.windows.append((self._phase, self._window_peak))
+        self._window_peak = self.now.device
 
     @property
     def phase_name(self) -> str:
@@ -137,6 +147,7 @@ class MemoryTracker(TorchDispatchMode):
     def _note(self) -> None:
         device = self.now.device
         self.phase_peaks[self._phase] = max(self.phase_peaks[self._phase], device)
+        self._window_peak = max(self._window_peak, device)
         self.host_peak = max(self.host_peak, self.now.by_kind["host"])
         if device > self.peak.device:
             self.peak, self.peak_phase = self.now.copy(), self._phase
@@ -172,14 +183,14 @@ class MemoryTracker(TorchDispatchMode):
             return storage
 
         torch.UntypedStorage.resize_ = resize
-        for name in ("propagate", "_propagate_tensor_meta_non_cached"):
-            self._skip_during(sharding_prop.ShardingPropagator, name)
+        for name in SHAPE_FINDERS:
+            self._skip_during(ShardingPropagator, name)
         return super().__enter__()
 
     def __exit__(self, *exc_info):
         torch.UntypedStorage.resize_ = self._original_resize
         for name, original in self._original_propagate.items():
-            setattr(sharding_prop.ShardingPropagator, name, original)
+            setattr(ShardingPropagator, name, original)
         return super().__exit__(*exc_info)
 
     def _skip_during(self, cls: type, name: str) -> None:
@@ -202,6 +213,8 @@ def _plain(tensor: Tensor) -> list[Tensor]:
         return _plain(tensor._local_tensor)
     if isinstance(tensor, AsyncCollectiveTensor):
         return _plain(tensor.elem)
+    if isinstance(tensor, Float8Weight):
+        return [tensor.codes, tensor.scale]
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [plain for name in names for plain in _plain(getattr(tensor, name))]
