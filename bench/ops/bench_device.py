@@ -222,6 +222,7 @@ def main() -> None:
         bench_products(report, device, *shape)
     for shape in SMALL_PRODUCTS if small else PRODUCTS:
         bench_fp8_products(report, device, *shape)
+    bench_layer(report, device, *(SMALL_LAYER if small else LAYER))
     for name, why in report.missing.items():
         print(f"not measured: {name}: {why}")
     if arguments.json:
