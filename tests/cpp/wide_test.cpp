@@ -143,7 +143,7 @@ TEST(Wide, SwigluAndUnpermute) {
     const Array x = Array(DType::f32, {1, 2 * n}).randomise(rng), y = Array(DType::f32, {2, n}).randomise(rng);
     const Array dout = Array(DType::f32, {1, n}).randomise(rng);
     Array out(DType::f32, {1, n}), dx(DType::f32, {1, 2 * n}), mixed(DType::f32, {1, n}), dy(DType::f32, {2, n});
-    SwigluRows s = {DType::f32, n, x.view().data, dout.view().data, out.view().data, 1.0f, INFINITY, 0.0f};
+    SwigluRows s = {DType::f32, n, 2 * n, n, x.view().data, dout.view().data, out.view().data, 1.0f, INFINITY, 0.0f};
     swiglu_rows<Wide>(s, 0, 1);
     s.out = dx.view().data;
     swiglu_bwd_rows<Wide>(s, 0, 1);

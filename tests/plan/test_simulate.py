@@ -14,12 +14,9 @@ from xtuner.config import (
     ModelSource,
     ParallelConfig,
     TrainConfig,
-    load_config,
-    save_config,
     with_overrides,
 )
 from xtuner.config.train import Fp8Config, OptimConfig
-from xtuner.engine.trainer import resolve_model
 from xtuner.errors import ConfigError
 from xtuner.models import SIZES
 from xtuner.plan import internals
@@ -118,9 +115,8 @@ def test_plan_command(tmp_path):
 
 
 def test_a_run_that_does_not_fit_gets_advice(tmp_path):
-    few = SIZES["qwen3-0.6b"].model_copy(update={"num_hidden_layers": 5})
-    path, source = tmp_path / "config.json", ModelSource(arch=few)
-    save_config(TrainConfig(model=source, data=DataConfig(pack_max_length=1 << 21), steps=1), path)
+    path = tmp_path / "config.toml"
+    path.write_text('steps = 1\n[model]\nname = "qwen3-0.6b"\n[data]\npack_max_length = 262144\n')
     command = [sys.executable, "-m", "xtuner.run", "plan", str(path), "--gpus", "8", "--document", "4096"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 1, done.stderr
