@@ -96,7 +96,6 @@ def test_the_backward_of_swiglu_reads_rows_ahead(source, architecture, kernel, c
     assert wide[first:].count("STG") >= 3 * units * rows // 8
 
 
-@pytest.mark.parametrize("source", [*HOPPER, AMPERE])
 @pytest.mark.parametrize("source", [*HOPPER, *HOPPER_FP8, AMPERE])
 def test_products_fit_their_registers(source):
     """Registers of 65536: 384 threads of 168 on Hopper (which then pass some on), 256 threads on others."""
