@@ -81,7 +81,7 @@ def test_advice_when_none_fits(capsys):
 
 
 def test_advice_when_state_alone_is_too_much(capsys, monkeypatch):
-    monkeypatch.setattr(search, "estimate", lambda *_: pytest.fail("nothing needs to be simulated"))
+    monkeypatch.setattr(search, "find_layouts", lambda *_: pytest.fail("no layout needs to be tried"))
     assert print_search(config("qwen3-30b-a3b"), SIZES["qwen3-30b-a3b"], 4, H800, 64, 1.0) == 1
     text = capsys.readouterr().out
     assert text.startswith("weights, gradients and optimizer state alone are 113.7 GiB")
