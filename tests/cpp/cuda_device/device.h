@@ -52,7 +52,7 @@ inline bool cpu_fuses() { return build_info().isa != "portable"; }
 namespace cuda_host {
 
 struct Gpu {
-  int compute_capability_major = 0;
+  int compute_capability_major = 0, multiprocessors = 0;
 };
 inline Gpu& gpu() {
   static Gpu gpu;
