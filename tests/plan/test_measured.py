@@ -42,7 +42,9 @@ def test_peak_is_the_planned_one(ranks, name):
         parallel=ParallelConfig(dispatcher="all_to_all", **parallel), memory=MemoryConfig(**memory),
     )  # fmt: skip
     arch = SIZES["qwen3-moe-tiny"]
-    measured = [peak for peak, _ in ranks.run(measured_rank.peak_of_real_steps, num_ranks, cfg, arch, DOCUMENT)]
+    # The less of two runs: one of gloo's threads may let go of a tensor after the rank has gone on to its peak.
+    runs = [ranks.run(measured_rank.peak_of_real_steps, num_ranks, cfg, arch, DOCUMENT) for _ in range(2)]
+    measured = [min(peak for peak, _ in of_rank) for of_rank in zip(*runs, strict=True)]
     planned = simulate(cfg, arch, num_ranks, get_device("h100-80g"), DOCUMENT).tracker.peak.device
     print(f"{name}: measured {measured}, planned {planned}: {planned / max(measured):.3f}")
     assert planned == pytest.approx(max(measured), rel=0.10)

@@ -80,6 +80,7 @@ def test_advice_when_none_fits(capsys):
     assert "data.pack_max_length=2048" in text.split("what would save")[1]
 
 
+@pytest.mark.long
 def test_advice_when_state_alone_is_too_much(capsys, monkeypatch):
     monkeypatch.setattr(search, "find_layouts", lambda *_: pytest.fail("no layout needs to be tried"))
     assert print_search(config("qwen3-30b-a3b"), SIZES["qwen3-30b-a3b"], 4, H800, 64, 1.0) == 1
