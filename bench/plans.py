@@ -21,8 +21,8 @@ import torch
 
 from xtuner.config import ModelConfig, TrainConfig, load_config
 from xtuner.engine.trainer import resolve_model
-from xtuner.plan.device import get_device
-from xtuner.plan.plan import GIB, make_plan
+from xtuner.plan.device import GIB, get_device
+from xtuner.plan.plan import make_plan
 from xtuner.plan.search import find_layouts, longest
 from xtuner.plan.simulate import simulate
 

@@ -122,14 +122,19 @@ def bench_moved(report: Report, device: torch.device, tokens: int, k: int, exper
     case("dequantize", y.numel() * 3, partial(ops.dequantize, *ops.quantize_1x128(y), torch.bfloat16))
 
 
-def bench_products(report: Report, device: torch.device, experts: int, rows: int, n: int, k: int) -> None:
-    shape, flop = f"E{experts} R{rows} N{n} K{k}", 2e-12 * rows * n * k
+def _operands(device: torch.device, experts: int, rows: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    """Random loads of experts, as ends and as offsets; in bfloat16 x [rows, k], w [experts, n, k], g [rows, n]."""
     idx = torch.randint(experts, (rows,), device=device)
     ends = torch.bincount(idx, minlength=experts).cumsum(0)
-    offsets = torch.cat([ends.new_zeros(1), ends])
-    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-    w = torch.randn(experts, n, k, device=device, dtype=torch.bfloat16)
-    g = torch.randn(rows, n, device=device, dtype=torch.bfloat16)
+    x, w, g = (
+        torch.randn(*size, device=device, dtype=torch.bfloat16) for size in ((rows, k), (experts, n, k), (rows, n))
+    )
+    return ends, torch.cat([ends.new_zeros(1), ends]), x, w, g
+
+
+def bench_products(report: Report, device: torch.device, experts: int, rows: int, n: int, k: int) -> None:
+    shape, flop = f"E{experts} R{rows} N{n} K{k}", 2e-12 * rows * n * k
+    ends, offsets, x, w, g = _operands(device, experts, rows, n, k)
     dense, out = w[0].t(), torch.empty(rows, n, device=device, dtype=torch.bfloat16)
     calls = {"ours": partial(ops.gemm_m_grouped, x, w, offsets)}
     if importlib.util.find_spec("triton") and device.type == "cuda":
@@ -150,12 +155,7 @@ def bench_fp8_products(report: Report, device: torch.device, experts: int, rows:
     """Float8 against our bfloat16 kernels, alone and with the quantization of activations (weights are quantized once
     per optimizer step), and against torch: its grouped product has one scale per row, its dense one scales as ours."""
     shape, flop = f"E{experts} R{rows} N{n} K{k}", 2e-12 * rows * n * k
-    idx = torch.randint(experts, (rows,), device=device)
-    ends = torch.bincount(idx, minlength=experts).cumsum(0)
-    offsets = torch.cat([ends.new_zeros(1), ends])
-    x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-    w = torch.randn(experts, n, k, device=device, dtype=torch.bfloat16)
-    g = torch.randn(rows, n, device=device, dtype=torch.bfloat16)
+    ends, offsets, x, w, g = _operands(device, experts, rows, n, k)
     (xq, xs), (wq, _, ws) = ops.quantize_1x128(x, offsets), ops.quantize_128x128(w)
 
     def quantize_and_multiply() -> None:

@@ -8,9 +8,9 @@ import pytest
 from tests.plan.test_simulate import H800, config
 from xtuner.models import SIZES
 from xtuner.plan import plan, search
-from xtuner.plan.device import DEVICES
+from xtuner.plan.device import DEVICES, GIB
 from xtuner.plan.extrapolate import estimate
-from xtuner.plan.plan import GIB, make_plan
+from xtuner.plan.plan import make_plan
 from xtuner.plan.search import LEANEST_FIRST, find_layouts, longest, print_search
 from xtuner.plan.simulate import simulate
 

@@ -14,9 +14,8 @@ from xtuner.config import TrainConfig
 from xtuner.engine.trainer import resolve_model
 from xtuner.errors import ConfigError
 from xtuner.plan.advice import advice
-from xtuner.plan.device import get_device
+from xtuner.plan.device import GIB, get_device
 
-GIB = 2**30
 # Of the device only the ranks of a node and the allocator's overhead matter to memory.
 DEVICE = "h100-80g"
 

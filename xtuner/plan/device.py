@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xtuner.errors import ConfigError
 
+GIB = 2**30
 _DATA = tomllib.loads((Path(__file__).parent / "devices.toml").read_text())
 _APART = ("efficiency", "overhead")
 EFFICIENCY: dict[str, float] = _DATA["efficiency"]

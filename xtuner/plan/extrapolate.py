@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xtuner.config import ModelConfig, TrainConfig
-from xtuner.plan.device import OVERHEAD, Device
+from xtuner.plan.device import GIB, OVERHEAD, Device
 from xtuner.plan.roofline import step_seconds
 from xtuner.plan.simulate import Simulation, simulate
 
-GIB = 2**30
 _PHASES = ("forward", "backward", "update", "between")
 
 

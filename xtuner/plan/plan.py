@@ -14,13 +14,11 @@ from xtuner.engine.trainer import resolve_model
 from xtuner.errors import ConfigError
 from xtuner.models import flops_per_token
 from xtuner.plan.advice import advice
-from xtuner.plan.device import OVERHEAD, Device, get_device
+from xtuner.plan.device import GIB, OVERHEAD, Device, get_device
 from xtuner.plan.roofline import BESIDE
 from xtuner.plan.simulate import Simulation, simulate
 from xtuner.plan.timeline import plot_timeline
 from xtuner.plan.tracker import KINDS
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

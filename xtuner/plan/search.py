@@ -9,9 +9,9 @@ from xtuner.config import MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
 from xtuner.errors import ConfigError
 from xtuner.models import build_model
 from xtuner.parallel import check_layout
-from xtuner.plan.device import Device
+from xtuner.plan.device import GIB, Device
 from xtuner.plan.extrapolate import Estimate, estimate
-from xtuner.plan.plan import GIB, Plan, make_plan, print_advice
+from xtuner.plan.plan import Plan, make_plan, print_advice
 from xtuner.plan.simulate import simulate
 
 # Each keeps less than the next, and takes no less time.
@@ -92,9 +92,9 @@ def print_search(
     cfg: TrainConfig, arch: ModelConfig, gpus: int, device: Device, document: int, imbalance: float
 ) -> int:
     """Print the layouts that fit, best first, or what would help; returns 0 if any fits."""
-    room, state = device.memory_gib * GIB, state_bytes(cfg, arch, gpus)
-    if sum(state.values()) > room:
-        print(f"weights, gradients and optimizer state alone are {sum(state.values()) / GIB:.1f} GiB on each of {gpus} "
+    state = state_bytes(cfg, arch, gpus)
+    if state > device.memory_gib * GIB:
+        print(f"weights, gradients and optimizer state alone are {state / GIB:.1f} GiB on each of {gpus} "
               f"x {device.name} with {device.memory_gib} GiB, in any layout")  # fmt: skip
         print_advice(cfg, arch, gpus, device, document, imbalance)
         return 1
@@ -116,16 +116,13 @@ def print_search(
     return 1
 
 
-def state_bytes(cfg: TrainConfig, arch: ModelConfig, gpus: int) -> dict[str, int]:
+def state_bytes(cfg: TrainConfig, arch: ModelConfig, gpus: int) -> int:
     """What a rank keeps of weights, gradients and optimizer state on the device, whatever else is chosen."""
     count = sum(p.numel() for p in build_model(arch, "meta").parameters()) // (cfg.parallel.shard_size or gpus)
-    memory = cfg.memory
+    if cfg.memory.offload_parameters:
+        return 0
     moments = 1 if cfg.optim.kind == "muon" else 2
-    return {
-        "parameters": 0 if memory.offload_parameters else 4 * count,
-        "gradients": 0 if memory.offload_parameters else 4 * count,
-        "optimizer": 0 if memory.offload_parameters or memory.offload_optimizer else 4 * moments * count,
-    }
+    return 4 * count * (2 if cfg.memory.offload_optimizer else 2 + moments)
 
 
 def longest(
